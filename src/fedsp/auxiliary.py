@@ -1,0 +1,346 @@
+"""The auxiliary model: how it is derived from the backbone, and exactly what of it is trained, kept and handed out.
+
+It is built without copying the global model; nothing is trained here.
+
+Axis letters: L layers of the global model, P virtual tokens.
+"""
+
+import copy
+from abc import ABC, abstractmethod
+from collections.abc import Collection, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from fedsp.backbone import Backbone
+
+
+class Auxiliary(nn.Module):
+    """A small model that reads the same kind of soft prompt as the global one.
+
+    Attributes:
+        backbone: Runs it, with the methods of the global model's backbone.
+        layer_map: Global layer whose prompt slot each of its layers reads.
+    """
+
+    def __init__(
+        self, backbone: Backbone, layer_map: Sequence[int], global_num_parameters: int
+    ) -> None:
+        """Take what `AuxiliaryRecipe.build` made.
+
+        Args:
+            backbone: The auxiliary's model; what is its own requires a gradient, what it shares does not.
+            layer_map: Global layer of each of its layers.
+            global_num_parameters: Size of the global model, for `summary`.
+        """
+        super().__init__()
+        self.backbone = backbone
+        self.layer_map = tuple(layer_map)
+        self._global_num_parameters = global_num_parameters
+        # By name, so that a stage may switch gradients off without changing what belongs to the model.
+        self._trainable_names = tuple(
+            name for name, p in backbone.model.named_parameters() if p.requires_grad
+        )
+
+    def trainable(self) -> dict[str, nn.Parameter]:
+        """Return the parameters of its own, each under one name: the cell, the norm and what sits beside it."""
+        parameters = dict(self.backbone.model.named_parameters())
+        return {name: parameters[name] for name in self._trainable_names}
+
+    def state(self) -> dict[str, Tensor]:
+        """Return CPU copies of what is trained; `load` takes them back bit for bit."""
+        return {
+            name: parameter.detach().to("cpu", copy=True).contiguous()
+            for name, parameter in self.trainable().items()
+        }
+
+    @torch.no_grad()
+    def load(self, state: dict[str, Tensor]) -> None:
+        """Take back what `state` returned.
+
+        Args:
+            state: One tensor for every name of `trainable()`.
+
+        Raises:
+            ValueError: If names, shapes or dtypes differ; nothing is changed then.
+        """
+        own = self.trainable()
+        if own.keys() != state.keys():
+            raise ValueError(
+                "the state of an auxiliary model must hold its trained parameters: lacking "
+                f"{sorted(own.keys() - state.keys())[:5]}, foreign {sorted(state.keys() - own.keys())[:5]}. "
+                "It was made by another model or another `model.auxiliary`."
+            )
+        for name, parameter in own.items():
+            if (state[name].shape, state[name].dtype) != (parameter.shape, parameter.dtype):
+                raise ValueError(
+                    f"{name!r} of an auxiliary model must be {list(parameter.shape)} {parameter.dtype}, got "
+                    f"{list(state[name].shape)} {state[name].dtype}."
+                )
+        for name, parameter in own.items():
+            parameter.copy_(state[name])
+
+    def handout(self) -> dict[str, Tensor]:
+        """Return all that a client needs to run it: its own parameters, embeddings and head, each once.
+
+        Returns:
+            Contiguous CPU tensors by name; those of `trainable()` under the same names.
+        """
+        return {
+            name: parameter.detach().to("cpu", copy=True).contiguous()
+            for name, parameter in self.backbone.model.named_parameters()
+        }
+
+    def num_parameters(self) -> int:
+        """Return the number of parameters; what several layers or embedding and head share counts once."""
+        return sum(p.numel() for p in self.backbone.model.parameters())
+
+    def summary(self) -> dict[str, int | float]:
+        """Return where the parameters are.
+
+        Returns:
+            "num_layers", the numbers of parameters in "embeddings", "cell", "norm" (all outside the layers),
+            "head" (0 if it is the embedding), "total" and "trainable", and "share_of_global", total divided by
+            the global model's.
+        """
+        embeddings = _embeddings(self.backbone)
+        cell = set(self.backbone.layers.parameters())
+        head = set(_head(self.backbone).parameters()) - embeddings
+        rest = set(self.backbone.model.parameters()) - embeddings - cell - head
+        total = self.num_parameters()
+        return {
+            "num_layers": len(self.layer_map),
+            "embeddings": _count(embeddings),
+            "cell": _count(cell),
+            "norm": _count(rest),
+            "head": _count(head),
+            "total": total,
+            "trainable": _count(self.trainable().values()),
+            "share_of_global": total / self._global_num_parameters,
+        }
+
+
+class AuxiliaryRecipe(ABC):
+    """Which of the global model's layers an auxiliary model is made of."""
+
+    def __init__(self, train_embeddings: bool = False) -> None:
+        """Keep what all recipes share.
+
+        Args:
+            train_embeddings: Whether the auxiliary model gets copies of embeddings and head of its own and trains
+                them; otherwise it shares the global model's, frozen.
+        """
+        self.train_embeddings = train_embeddings
+
+    @abstractmethod
+    def sources(self, num_layers: int) -> list[int]:
+        """Return the global layer that each of the auxiliary's layers is made from.
+
+        Args:
+            num_layers: L.
+
+        Raises:
+            ValueError: If the recipe does not fit a model of so many layers.
+        """
+
+    @abstractmethod
+    def slots(self, num_layers: int) -> list[int]:
+        """Return the global layer whose prompt slot each of the auxiliary's layers reads."""
+
+    def build(self, backbone: Backbone) -> Auxiliary:
+        """Derive the auxiliary model; the global one is neither changed nor copied.
+
+        Args:
+            backbone: The global model.
+
+        Returns:
+            The auxiliary model in evaluation mode, its own parameters in float32.
+
+        Raises:
+            ValueError: If the recipe does not fit the model.
+        """
+        num_layers = len(backbone.layers)
+        sources, slots = self.sources(num_layers), self.slots(num_layers)
+        shared = (
+            set() if self.train_embeddings else _embeddings(backbone) | _head_parameters(backbone)
+        )
+        size = _count(backbone.model.parameters())
+        return Auxiliary(_derive(backbone, sources, shared), slots, size)
+
+
+class SharedCell(AuxiliaryRecipe):
+    """Cross-layer sharing: a cell of contiguous layers repeated to the global model's depth.
+
+    Source: Dong et al. 2023, arXiv 2311.06805, section 3.2.
+    """
+
+    def __init__(self, start: int = 0, cell_size: int = 1, train_embeddings: bool = False) -> None:
+        """Choose the cell.
+
+        Args:
+            start: First layer of the cell, 0-based.
+            cell_size: Number of layers in the cell; it must divide the model's number of layers.
+            train_embeddings: Whether embeddings and head are copied and trained; otherwise they are shared, frozen.
+
+        Raises:
+            ValueError: If a number is out of range.
+        """
+        super().__init__(train_embeddings)
+        if start < 0:
+            raise ValueError(f"`model.auxiliary.start` must be at least 0, got {start}.")
+        if cell_size < 1:
+            raise ValueError(f"`model.auxiliary.cell_size` must be at least 1, got {cell_size}.")
+        self.start = start
+        self.cell_size = cell_size
+
+    def sources(self, num_layers: int) -> list[int]:
+        """Repeat the cell; see `AuxiliaryRecipe.sources`."""
+        if num_layers % self.cell_size:
+            divisors = [size for size in range(1, num_layers + 1) if num_layers % size == 0]
+            raise ValueError(
+                f"`model.auxiliary.cell_size` must divide the {num_layers} layers of the global model, got "
+                f"{self.cell_size}. Choose one of {divisors}."
+            )
+        if self.start + self.cell_size > num_layers:
+            raise ValueError(
+                f"`model.auxiliary.start` + `model.auxiliary.cell_size` must be at most {num_layers}, the layers of "
+                f"the global model, got {self.start} + {self.cell_size}. Lower `model.auxiliary.start`."
+            )
+        return [self.start + index % self.cell_size for index in range(num_layers)]
+
+    def slots(self, num_layers: int) -> list[int]:
+        """Return every layer: each repetition reads a slot of its own."""
+        return list(range(num_layers))
+
+
+class KeptLayers(AuxiliaryRecipe):
+    """Layer dropping: some layers of the global model, each kept once, as in offsite-tuning.
+
+    Source: Xiao et al. 2023, arXiv 2302.04870, section 3.3 (uniform layer dropping).
+    """
+
+    def __init__(
+        self,
+        layers: list[int] | None = None,
+        num_layers: int | None = None,
+        train_embeddings: bool = False,
+    ) -> None:
+        """Choose the layers, by name or by number.
+
+        Args:
+            layers: 0-based layers to keep, in rising order; null chooses `num_layers` of them.
+            num_layers: How many layers to keep, evenly spaced from first to last; null where `layers` is given.
+            train_embeddings: Whether embeddings and head are copied and trained; otherwise they are shared, frozen.
+
+        Raises:
+            ValueError: If not exactly one of `layers` and `num_layers` is given, or it makes no sense.
+        """
+        super().__init__(train_embeddings)
+        if (layers is None) == (num_layers is None):
+            raise ValueError(
+                "exactly one of `model.auxiliary.layers` and `model.auxiliary.num_layers` must be given, got "
+                f"{layers} and {num_layers}."
+            )
+        if layers is not None and (not layers or list(layers) != sorted(set(layers))):
+            raise ValueError(
+                f"`model.auxiliary.layers` must name at least one layer, each once and in rising order, got {layers}."
+            )
+        if num_layers is not None and num_layers < 1:
+            raise ValueError(f"`model.auxiliary.num_layers` must be at least 1, got {num_layers}.")
+        self.layers = layers
+        self.num_layers = num_layers
+
+    def sources(self, num_layers: int) -> list[int]:
+        """Return the kept layers; see `AuxiliaryRecipe.sources`."""
+        if self.layers is not None:
+            if self.layers[0] < 0 or self.layers[-1] >= num_layers:
+                raise ValueError(
+                    f"`model.auxiliary.layers` must stay in [0, {num_layers - 1}], the layers of the global model, "
+                    f"got {self.layers}."
+                )
+            return list(self.layers)
+        assert self.num_layers is not None
+        if self.num_layers > num_layers:
+            raise ValueError(
+                f"`model.auxiliary.num_layers` must be at most {num_layers}, the layers of the global model, got "
+                f"{self.num_layers}."
+            )
+        gaps = max(self.num_layers - 1, 1)
+        return [index * (num_layers - 1) // gaps for index in range(self.num_layers)]
+
+    def slots(self, num_layers: int) -> list[int]:
+        """Return the kept layers: each reads the slot that it reads in the global model."""
+        return self.sources(num_layers)
+
+
+def _derive(
+    backbone: Backbone, sources: Sequence[int], shared: Collection[nn.Parameter]
+) -> Backbone:
+    """Build the model whose layer i is global layer `sources[i]`; a layer named twice is one set of parameters.
+
+    Parameters in `shared` are the global model's own objects; all others are float32 copies. `deepcopy` takes what
+    its memo holds instead of copying it: the shared parameters, and the new list of layers in place of the old.
+    """
+    memo: dict[int, Any] = {id(parameter): parameter for parameter in shared}
+    config = copy.deepcopy(backbone.model.config, memo)
+    text = config.get_text_config()
+    text.num_hidden_layers = len(sources)
+    kinds = dict(vars(text)).get("layer_types")
+    if kinds is not None:
+        text.layer_types = [kinds[source] for source in sources]
+    cell = {
+        source: copy.deepcopy(backbone.layers[source], memo) for source in dict.fromkeys(sources)
+    }
+    shells = [_shell(cell[source], index) for index, source in enumerate(sources)]
+    memo[id(backbone.layers)] = nn.ModuleList(shells)
+    model = copy.deepcopy(backbone.model, memo)
+    for parameter in set(model.parameters()) - set(shared):
+        parameter.data = parameter.data.float()
+        parameter.requires_grad_(True)
+    return Backbone(model.eval(), backbone.spec)
+
+
+def _shell(module: nn.Module, layer_idx: int) -> nn.Module:
+    """Return `module` under another layer index: the same parameters, but its own index and its own hooks.
+
+    One layer object in several places would write all its repetitions into one slot of the cache, and with
+    common hook tables each repetition's hooks would fire for all; see docs/footguns.md.
+    """
+    shell = copy.copy(module)
+    shell.__dict__ = dict(module.__dict__)
+    for name, value in module.__dict__.items():
+        if "hooks" in name and isinstance(value, dict):
+            shell.__dict__[name] = copy.copy(value)
+    shell.__dict__["_modules"] = {
+        name: _shell(child, layer_idx) if child is not None and _knows_index(child) else child
+        for name, child in module.named_children()
+    }
+    if "layer_idx" in shell.__dict__:
+        shell.__dict__["layer_idx"] = layer_idx
+    return shell
+
+
+def _knows_index(module: nn.Module) -> bool:
+    return any("layer_idx" in part.__dict__ for part in module.modules())
+
+
+def _embeddings(backbone: Backbone) -> set[nn.Parameter]:
+    """Token and position embeddings: every embedding table outside the layers."""
+    inside = set(backbone.layers.modules())
+    tables = [
+        m for m in backbone.decoder.modules() if isinstance(m, nn.Embedding) and m not in inside
+    ]
+    return {parameter for table in tables for parameter in table.parameters()}
+
+
+def _head(backbone: Backbone) -> nn.Module:
+    return backbone.model.get_output_embeddings()
+
+
+def _head_parameters(backbone: Backbone) -> set[nn.Parameter]:
+    return set(_head(backbone).parameters())
+
+
+def _count(parameters: Any) -> int:
+    return sum(parameter.numel() for parameter in parameters)
