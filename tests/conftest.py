@@ -30,15 +30,26 @@ import numpy as np  # noqa: E402
 import pytest  # noqa: E402
 import torch  # noqa: E402
 
-# Names that pytest, torch and Lightning set for good as part of their work.
-_ALLOWED_LEAKS = frozenset(
+# What pytest, torch, Lightning and wandb set as part of their work; it is undone like the rest.
+_SET_BY_LIBRARIES = frozenset(
     {
-        "PYTEST_CURRENT_TEST",
         "CUBLAS_WORKSPACE_CONFIG",
         "KMP_DUPLICATE_LIB_OK",
         "KMP_INIT_AT_FORK",
+        "LOCAL_RANK",
+        "MASTER_ADDR",
+        "MASTER_PORT",
+        "NODE_RANK",
+        "PL_GLOBAL_SEED",
+        "PL_SEED_WORKERS",
+        "PYTEST_CURRENT_TEST",
+        "PYTORCH_NVML_BASED_CUDA_CHECK",
+        "RANK",
         "TORCHINDUCTOR_CACHE_DIR",
         "TRITON_CACHE_DIR",
+        "WANDB_MODE",
+        "WANDB_SERVICE",
+        "WORLD_SIZE",
     }
 )
 
@@ -84,7 +95,7 @@ def _environment_is_left_as_found(monkeypatch: pytest.MonkeyPatch) -> Iterator[N
     os.environ.clear()
     os.environ.update(before)
     changed = {name for name in before.keys() | after.keys() if before.get(name) != after.get(name)}
-    leaked = sorted(changed - _ALLOWED_LEAKS)
+    leaked = sorted(changed - _SET_BY_LIBRARIES)
     assert not leaked, f"the test left these environment variables changed: {leaked}"
 
 
