@@ -1,0 +1,369 @@
+"""What travels between server and clients, and its bytes; nothing here holds a model.
+
+A message is one safetensors file whose metadata names version, kind and round. Decoders trust
+nothing: the size is checked before the header is parsed, the header before a tensor is built, and
+whatever is not exactly the tensor that was asked for is refused.
+
+Axis letters: L layers, K key/value heads, P virtual tokens, D head size.
+"""
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from fedsp.state_files import Buffer, Header, dtype_name, pack_tensors, read_header, read_tensor
+
+MESSAGE_VERSION = "1"
+MAX_OVERHEAD_BYTES = 1024
+TENSOR_NAME = "soft_prompt"
+
+WireDtype = Literal["float32", "float16", "bfloat16"]
+
+_WIRE_DTYPES = {
+    "float32": torch.float32,
+    "float16": torch.float16,
+    "bfloat16": torch.bfloat16,
+}
+_NUMBERS = {
+    "server_broadcast": ("round_idx",),
+    "client_update": ("round_idx", "client_id", "num_examples"),
+    "auxiliary_handout": (),
+}
+_MAX_NUMBER = 2**53  # beyond it a float64 sum of examples is no longer exact
+_ENTRY_BYTES = 256  # a tensor's entry in a header, without its name
+
+
+class MessageError(ValueError):
+    """A message that is malformed, foreign or not what was asked for: the run has to stop."""
+
+
+class RejectedUpdate(ValueError):  # noqa: N818 - a verdict that the round survives, not an error
+    """A well-formed update whose values must not enter the aggregate: counted, the run goes on."""
+
+
+@dataclass(frozen=True, eq=False, slots=True)
+class ServerBroadcast:
+    """The server's soft prompt for a round.
+
+    Args:
+        round_idx: The round, from 0.
+        prefix: [L, 2, K, P, D] The soft prompt.
+    """
+
+    round_idx: int
+    prefix: Tensor
+
+
+@dataclass(frozen=True, eq=False, slots=True)
+class ClientUpdate:
+    """A client's soft prompt after its local steps.
+
+    Args:
+        round_idx: The round that it answers.
+        client_id: Who sends it.
+        prefix: [L, 2, K, P, D] The soft prompt.
+        num_examples: Number of examples it was tuned on, in [1, 2**53).
+    """
+
+    round_idx: int
+    client_id: int
+    prefix: Tensor
+    num_examples: int
+
+
+@dataclass(frozen=True, eq=False, slots=True)
+class AuxiliaryHandout:
+    """The auxiliary model that a client gets at its first participation.
+
+    Args:
+        tensors: The model's tensors by name, in their own dtypes.
+    """
+
+    tensors: dict[str, Tensor]
+
+
+@dataclass(frozen=True, slots=True)
+class PromptContract:
+    """What a soft prompt has to be to pass.
+
+    Args:
+        shape: (L, 2, K, P, D).
+        wire_dtype: Number format in which prompts travel.
+        max_update_norm: Largest accepted L2 norm of (update - reference); None accepts any.
+    """
+
+    shape: tuple[int, int, int, int, int]
+    wire_dtype: WireDtype
+    max_update_norm: float | None
+
+    def __post_init__(self) -> None:
+        """Check the values.
+
+        Raises:
+            ValueError: If one of them is out of range.
+        """
+        _torch_dtype(self.wire_dtype)
+        shape: tuple[int, ...] = self.shape  # from a configuration any length may come
+        if len(shape) != 5 or min(shape) < 0 or shape[1] != 2:
+            raise ValueError(f"a soft prompt has the shape (L, 2, K, P, D), got {self.shape}")
+        if self.max_update_norm is not None and not self.max_update_norm > 0:
+            raise ValueError(
+                f"`trainer.max_update_norm` must be above 0 or null, got {self.max_update_norm}"
+            )
+
+    @property
+    def num_bytes(self) -> int:
+        """Bytes of the soft prompt's numbers on the wire."""
+        return math.prod(self.shape) * _torch_dtype(self.wire_dtype).itemsize
+
+
+def encode(message: ServerBroadcast | ClientUpdate, wire_dtype: WireDtype) -> bytes:
+    """Write a message as bytes; equal messages give equal bytes.
+
+    Args:
+        message: The message.
+        wire_dtype: Number format in which the soft prompt travels.
+
+    Returns:
+        The soft prompt's bytes and at most 1 KiB around them.
+
+    Raises:
+        ValueError: If `wire_dtype` is unknown.
+        MessageError: If the prompt has values beyond `wire_dtype`'s range, a broadcast is not
+            finite, or a number of the message is out of range. An update that is not finite
+            passes: its receiver counts and rejects it.
+    """
+    dtype = _torch_dtype(wire_dtype)
+    numbers = {"round_idx": message.round_idx}
+    kind = "server_broadcast"
+    if isinstance(message, ClientUpdate):
+        kind = "client_update"
+        numbers |= {"client_id": message.client_id, "num_examples": message.num_examples}
+    metadata = {"fedsp_version": MESSAGE_VERSION, "kind": kind}
+    metadata |= {name: str(number) for name, number in numbers.items()}
+    for name in numbers:
+        _parse_number(metadata[name], name)
+    prefix = message.prefix.detach()
+    if kind == "server_broadcast" and not _is_finite(prefix):
+        raise MessageError(
+            f"the server's soft prompt holds NaN or infinity in round {message.round_idx}; "
+            "lower the learning rate or set `gradient_clip_norm`"
+        )
+    wire = prefix.to(device="cpu", dtype=dtype)
+    _check_range(prefix, wire, wire_dtype)
+    return pack_tensors({TENSOR_NAME: wire}, metadata)
+
+
+def decode_broadcast(data: Buffer, contract: PromptContract) -> ServerBroadcast:
+    """Read a broadcast, trusting nothing.
+
+    Args:
+        data: The bytes that came.
+        contract: What the soft prompt has to be.
+
+    Returns:
+        The message, its prefix as float32 on the CPU.
+
+    Raises:
+        MessageError: If the bytes are anything else than such a broadcast of finite values.
+    """
+    numbers, prefix = _open_prompt(data, contract, "server_broadcast")
+    if not _is_finite(prefix):
+        raise MessageError("server_broadcast: `soft_prompt` must be finite, got NaN or infinity")
+    return ServerBroadcast(numbers["round_idx"], prefix)
+
+
+def decode_update(
+    data: Buffer, contract: PromptContract, *, reference: Tensor, round_idx: int, client_id: int
+) -> ClientUpdate:
+    """Read a client's update, trusting nothing.
+
+    Args:
+        data: The bytes that came.
+        contract: What the soft prompt has to be.
+        reference: [L, 2, K, P, D] The prompt that the client started from.
+        round_idx: The round that was asked for.
+        client_id: The client that was asked.
+
+    Returns:
+        The message, its prefix as float32 on the CPU.
+
+    Raises:
+        MessageError: If the bytes are anything else than that client's prompt for that round.
+        RejectedUpdate: If its values are not finite or too far from `reference`.
+    """
+    numbers, prefix = _open_prompt(data, contract, "client_update")
+    for name, wanted in (("round_idx", round_idx), ("client_id", client_id)):
+        if numbers[name] != wanted:
+            raise MessageError(f"client_update: expected {name} {wanted}, got {numbers[name]}")
+    sender = f"the update of client {client_id} in round {round_idx}"
+    if not _is_finite(prefix):
+        raise RejectedUpdate(f"{sender} holds NaN or infinity")
+    if contract.max_update_norm is not None:
+        change = prefix - reference.detach().to(device="cpu", dtype=torch.float32)
+        norm = torch.linalg.vector_norm(change, dtype=torch.float64).item()
+        if not norm <= contract.max_update_norm:
+            raise RejectedUpdate(
+                f"{sender} moved the soft prompt by a norm of {norm:.4g}, "
+                f"`trainer.max_update_norm` is {contract.max_update_norm:.4g}"
+            )
+    return ClientUpdate(numbers["round_idx"], numbers["client_id"], prefix, numbers["num_examples"])
+
+
+def encode_handout(tensors: Mapping[str, Tensor]) -> bytes:
+    """Write the auxiliary model's tensors as bytes, every one in its own dtype.
+
+    Args:
+        tensors: The tensors by name.
+
+    Returns:
+        The bytes.
+
+    Raises:
+        TypeError: If a tensor is of a kind or dtype that cannot travel.
+    """
+    metadata = {"fedsp_version": MESSAGE_VERSION, "kind": "auxiliary_handout"}
+    return pack_tensors(tensors, metadata)
+
+
+def decode_handout(data: Buffer, like: Mapping[str, Tensor] | None = None) -> AuxiliaryHandout:
+    """Read the auxiliary model's tensors, trusting nothing.
+
+    Args:
+        data: The bytes that came.
+        like: Tensors with the names, shapes and dtypes wanted; meta tensors will do. None takes
+            whatever well-formed tensors come.
+
+    Returns:
+        The message, its tensors on the CPU.
+
+    Raises:
+        MessageError: If the bytes are anything else than such a hand-out.
+    """
+    if like is not None:
+        wanted = sum(tensor.numel() * tensor.element_size() for tensor in like.values())
+        names = sum(6 * len(name) + _ENTRY_BYTES for name in like)  # 6: a name may be all \uXXXX
+        _check_size(data, wanted, wanted + names + MAX_OVERHEAD_BYTES, "auxiliary_handout")
+    header, _ = _read_fields(data, "auxiliary_handout")
+    if like is not None:
+        _check_names(header, like, "auxiliary_handout")
+        for name, tensor in like.items():
+            _check_entry(header, name, tuple(tensor.shape), tensor.dtype, "auxiliary_handout")
+    return AuxiliaryHandout({name: read_tensor(data, header, name) for name in header.tensors})
+
+
+def describe(data: Buffer) -> dict[str, Any]:
+    """Say what a message's own header says, for the ledger.
+
+    Args:
+        data: The message's bytes.
+
+    Returns:
+        `kind`, the numbers of that kind (`round_idx`, `client_id`, `num_examples`) and `tensors`,
+        a list of {"name", "shape", "dtype"} in the order of the names.
+
+    Raises:
+        MessageError: If the bytes are not a message.
+    """
+    header, numbers = _read_fields(data, None)
+    tensors = [
+        {"name": name, "shape": list(entry.shape), "dtype": dtype_name(entry.dtype)}
+        for name, entry in sorted(header.tensors.items())
+    ]
+    return {"kind": header.metadata["kind"], **numbers, "tensors": tensors}
+
+
+def _torch_dtype(wire_dtype: str) -> torch.dtype:
+    if wire_dtype not in _WIRE_DTYPES:
+        wanted = ", ".join(_WIRE_DTYPES)
+        raise ValueError(f"`trainer.wire_dtype` must be one of {wanted}, got {wire_dtype!r}")
+    return _WIRE_DTYPES[wire_dtype]
+
+
+def _is_finite(tensor: Tensor) -> bool:
+    return bool(torch.isfinite(tensor).all())
+
+
+def _check_range(prefix: Tensor, wire: Tensor, wire_dtype: WireDtype) -> None:
+    overflown = torch.isinf(wire) & torch.isfinite(prefix).cpu()
+    if overflown.any():
+        largest = prefix.abs().nan_to_num(nan=0.0, posinf=0.0).max().item()
+        raise MessageError(
+            f"the soft prompt has {int(overflown.sum())} values beyond what "
+            f"`trainer.wire_dtype` {wire_dtype} holds, up to {largest:.4g}; "
+            "set `trainer.wire_dtype` to bfloat16 or float32"
+        )
+
+
+def _open_prompt(
+    data: Buffer, contract: PromptContract, kind: str
+) -> tuple[dict[str, int], Tensor]:
+    wanted = contract.num_bytes
+    _check_size(data, wanted, wanted + MAX_OVERHEAD_BYTES, kind)
+    header, numbers = _read_fields(data, kind)
+    _check_names(header, {TENSOR_NAME: None}, kind)
+    _check_entry(header, TENSOR_NAME, contract.shape, _torch_dtype(contract.wire_dtype), kind)
+    return numbers, read_tensor(data, header, TENSOR_NAME).float()
+
+
+def _check_size(data: Buffer, low: int, high: int, kind: str) -> None:
+    if not low < len(data) <= high:
+        raise MessageError(
+            f"{kind}: expected {low} bytes of numbers and at most {high - low} around them, "
+            f"got {len(data)} bytes in all"
+        )
+
+
+def _read_fields(data: Buffer, kind: str | None) -> tuple[Header, dict[str, int]]:
+    try:
+        header = read_header(data)
+    except ValueError as error:
+        raise MessageError(f"{kind or 'message'}: not a well-formed message: {error}") from error
+    metadata = header.metadata
+    version, came = metadata.get("fedsp_version"), metadata.get("kind", "")
+    if version != MESSAGE_VERSION:
+        raise MessageError(
+            f"{kind or 'message'}: expected message version {MESSAGE_VERSION}, "
+            f"got {version!r:.80}; run the same fedsp release on both sides"
+        )
+    if came not in _NUMBERS or kind not in (None, came):
+        raise MessageError(f"expected a {kind or 'known kind of message'}, got {came!r:.80}")
+    if set(metadata) != {"fedsp_version", "kind", *_NUMBERS[came]}:
+        raise MessageError(f"{came}: missing or extra metadata, got {sorted(metadata)!r:.200}")
+    return header, {name: _parse_number(metadata[name], name) for name in _NUMBERS[came]}
+
+
+def _parse_number(text: str, name: str) -> int:
+    low = 1 if name == "num_examples" else 0
+    # isdecimal alone would let other scripts' digits pass; the length keeps int() cheap.
+    if text.isascii() and text.isdecimal() and len(text) <= 16 and text == str(int(text)):
+        number = int(text)
+        if low <= number < _MAX_NUMBER:
+            return number
+    raise MessageError(f"`{name}` must be a whole number in [{low}, 2**53), got {text!r:.80}")
+
+
+def _check_names(header: Header, wanted: Mapping[str, Any], kind: str) -> None:
+    missing, extra = wanted.keys() - header.tensors.keys(), header.tensors.keys() - wanted.keys()
+    if missing or extra:
+        raise MessageError(
+            f"{kind}: expected exactly the tensors {sorted(wanted)!r:.200}, "
+            f"missing {sorted(missing)!r:.200}, foreign {sorted(extra)!r:.200}"
+        )
+
+
+def _check_entry(
+    header: Header, name: str, shape: tuple[int, ...], dtype: torch.dtype, kind: str
+) -> None:
+    entry = header.tensors[name]
+    if entry.shape != tuple(shape):
+        raise MessageError(
+            f"{kind}: `{name}` must have the shape {list(shape)}, got {list(entry.shape)!r:.80}"
+        )
+    if entry.dtype != dtype:
+        wanted, came = dtype_name(dtype), dtype_name(entry.dtype)
+        raise MessageError(f"{kind}: `{name}` must be {wanted}, got {came}")
