@@ -1,0 +1,268 @@
+"""The ledger: one JSON line for every payload that travels, written before it leaves.
+
+It knows what a message says of itself, not what the message is for.
+"""
+
+import errno
+import hashlib
+import json
+import os
+from collections import defaultdict
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, Literal, get_args
+
+from fedsp.messages import describe
+from fedsp.state_files import Buffer
+
+Direction = Literal["up", "down"]
+
+_FIELDS: dict[str, type] = {
+    "attempt": int,
+    "round": int,
+    "client": int,
+    "direction": str,
+    "kind": str,
+    "tensors": list,
+    "bytes": int,
+    "sha256": str,
+}
+
+
+@dataclass(frozen=True, slots=True)
+class Digest:
+    """What the ledger says about a payload.
+
+    Args:
+        kind: The message's kind.
+        tensors: {"name", "shape", "dtype"} of every tensor.
+        bytes: Size of the payload.
+        sha256: Its checksum in hexadecimal.
+    """
+
+    kind: str
+    tensors: list[dict[str, Any]]
+    bytes: int
+    sha256: str
+
+
+def digest(data: Buffer) -> Digest:
+    """Describe a payload; worth keeping when the same bytes go to many clients.
+
+    Args:
+        data: The payload.
+
+    Returns:
+        Its digest.
+
+    Raises:
+        MessageError: If the payload is not a message.
+    """
+    header = describe(data)
+    checksum = hashlib.sha256(data).hexdigest()
+    return Digest(header["kind"], header["tensors"], len(data), checksum)
+
+
+class Ledger:
+    """An append-only file of payloads, for one writer.
+
+    A line is in the operating system's hands before `record` returns, so that a payload handed on
+    after it is named even if the process is killed. A half-written last line belongs to a payload
+    that never left and is cut off when the file is opened again.
+    """
+
+    def __init__(self, path: Path, attempt: int = 0) -> None:
+        """Open or create the file.
+
+        Args:
+            path: The file; missing folders are made.
+            attempt: 0 for a run, one more for each time it is resumed (see `next_attempt`):
+                a round that was repeated shows under both.
+
+        Raises:
+            ValueError: If `attempt` is below 0.
+            OSError: If the file cannot be written.
+        """
+        if attempt < 0:
+            raise ValueError(f"`attempt` must be at least 0, got {attempt}")
+        path.parent.mkdir(parents=True, exist_ok=True)
+        self.path = path
+        self.attempt = attempt
+        self._totals: dict[int, dict[str, int]] = defaultdict(lambda: {"up": 0, "down": 0})
+        self._file = os.open(path, os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o666)
+        _cut_torn_line(self._file)
+
+    def record(self, round_idx: int, client_id: int, direction: Direction, data: Buffer) -> Digest:
+        """Note a payload; call it before the payload is handed on.
+
+        Args:
+            round_idx: The round, from 0.
+            client_id: The client that sends or receives it.
+            direction: `up` to the server, `down` to the client.
+            data: The payload.
+
+        Returns:
+            The payload's digest, for `record_digest` if the same bytes go to further clients.
+
+        Raises:
+            ValueError: If `direction` is neither; `MessageError` if the payload is no message.
+            OSError: If the line cannot be written; the payload must not leave then.
+        """
+        payload = digest(data)
+        self.record_digest(round_idx, client_id, direction, payload)
+        return payload
+
+    def record_digest(
+        self, round_idx: int, client_id: int, direction: Direction, payload: Digest
+    ) -> None:
+        """Note a payload whose digest is known; the rest is as for `record`.
+
+        Args:
+            round_idx: The round, from 0.
+            client_id: The client that sends or receives it.
+            direction: `up` to the server, `down` to the client.
+            payload: What `digest` said of the payload.
+
+        Raises:
+            ValueError: If `direction` is neither.
+            OSError: If the line cannot be written; the payload must not leave then.
+        """
+        if direction not in get_args(Direction):
+            raise ValueError(f"`direction` must be up or down, got {direction!r}")
+        row = {
+            "attempt": self.attempt,
+            "round": round_idx,
+            "client": client_id,
+            "direction": direction,
+            **asdict(payload),
+        }
+        self._append(json.dumps(row).encode() + b"\n")
+        self._totals[round_idx][direction] += payload.bytes
+
+    def totals(self, round_idx: int) -> dict[str, int]:
+        """Bytes of one round in this attempt.
+
+        Args:
+            round_idx: The round, from 0.
+
+        Returns:
+            `up_bytes` and `down_bytes`.
+        """
+        sums = self._totals.get(round_idx, {"up": 0, "down": 0})
+        return {"up_bytes": sums["up"], "down_bytes": sums["down"]}
+
+    def close(self) -> None:
+        """Bring the file to the disk and close it; closing twice does nothing."""
+        if self._file >= 0:
+            os.fsync(self._file)
+            os.close(self._file)
+            self._file = -1
+
+    def _append(self, line: bytes) -> None:
+        if self._file < 0:
+            raise RuntimeError(f"{self.path} is closed: nothing more may be sent")
+        # One call: a killed process leaves a whole line or a torn one, never two halves apart.
+        try:
+            written = os.write(self._file, line)
+        except OSError as error:
+            raise OSError(error.errno, self._refusal(error.strerror)) from error
+        if written != len(line):
+            _cut_torn_line(self._file)
+            raise OSError(errno.ENOSPC, self._refusal(os.strerror(errno.ENOSPC)))
+
+    def _refusal(self, reason: str | None) -> str:
+        return f"cannot write the ledger {self.path}: {reason}; the payload must not be sent"
+
+
+def next_attempt(path: Path) -> int:
+    """Number of the attempt that is about to start.
+
+    Args:
+        path: The ledger of the run; it may be missing.
+
+    Returns:
+        0 for a new ledger, else one more than its last line says.
+
+    Raises:
+        ValueError: If that line is damaged.
+    """
+    if not path.exists():
+        return 0
+    file = os.open(path, os.O_RDONLY)
+    try:
+        end = _end_of_line_before(file, os.fstat(file).st_size)
+        start = _end_of_line_before(file, end - 1) if end else 0
+        last = os.pread(file, end - start, start)
+    finally:
+        os.close(file)
+    return _parse_line(last, f"{path}, last line")["attempt"] + 1 if last else 0
+
+
+def read_ledger(path: Path) -> list[dict[str, Any]]:
+    """Read a ledger.
+
+    Args:
+        path: The file.
+
+    Returns:
+        One dict a payload: attempt, round, client, direction, kind, tensors, bytes, sha256. A
+        half-written last line is left out: its payload never left.
+
+    Raises:
+        FileNotFoundError: If there is no such file.
+        ValueError: If a line is damaged; the message names its number.
+    """
+    lines = path.read_bytes().split(b"\n")[:-1]
+    return [_parse_line(line, f"{path}, line {i}") for i, line in enumerate(lines, start=1)]
+
+
+def summarize(rows: Iterable[dict[str, Any]]) -> dict[str, dict[str, int]]:
+    """Add up a ledger.
+
+    Args:
+        rows: What `read_ledger` returned, or some of it.
+
+    Returns:
+        By kind of message: `up_bytes`, `down_bytes` and the number of `payloads`.
+    """
+    sums: dict[str, dict[str, int]] = {}
+    for row in rows:
+        entry = sums.setdefault(row["kind"], {"up_bytes": 0, "down_bytes": 0, "payloads": 0})
+        entry[f"{row['direction']}_bytes"] += row["bytes"]
+        entry["payloads"] += 1
+    return sums
+
+
+def _parse_line(line: bytes, where: str) -> dict[str, Any]:
+    try:
+        row = json.loads(line)
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{where}: the ledger is damaged, expected JSON: {error}") from error
+    if not isinstance(row, dict) or set(row) != set(_FIELDS):
+        raise ValueError(f"{where}: the ledger is damaged, expected the fields {list(_FIELDS)}")
+    for name, kind in _FIELDS.items():
+        if type(row[name]) is not kind:
+            raise ValueError(f"{where}: the ledger is damaged, `{name}` is {row[name]!r:.80}")
+    if row["direction"] not in get_args(Direction):
+        raise ValueError(f"{where}: the ledger is damaged, `direction` is {row['direction']!r:.80}")
+    return row
+
+
+def _cut_torn_line(file: int) -> None:
+    size = os.fstat(file).st_size
+    end = _end_of_line_before(file, size)
+    if end != size:
+        os.ftruncate(file, end)
+
+
+def _end_of_line_before(file: int, stop: int) -> int:
+    """Position just behind the last newline in the first `stop` bytes, 0 if there is none."""
+    block = 65536
+    while stop > 0:
+        start = max(stop - block, 0)
+        found = os.pread(file, stop - start, start).rfind(b"\n")
+        if found >= 0:
+            return start + found + 1
+        stop = start
+    return 0
