@@ -1,0 +1,195 @@
+"""What a client keeps between rounds: in RAM, with a disk behind it.
+
+A client that is away costs no RAM beyond the bound that was set. The store knows rounds and bytes,
+not what the state means, and nothing of the server.
+"""
+
+from collections import OrderedDict
+from pathlib import Path
+
+from fedsp.state_files import (
+    Tree,
+    check_state_file,
+    decode_state,
+    encode_state,
+    load_state,
+    remove_temporary_files,
+    write_bytes_atomically,
+)
+
+_CHUNK_BYTES = 2**20
+
+
+class ClientStateStore:
+    """Every client's newest state, versioned by round so that a killed run resumes consistently.
+
+    In a round: `put` each client of the cohort, save a checkpoint that holds `versions()`, then
+    `commit`. Until then the files that the checkpoints on disk name are not touched, so `restore`
+    with any of these checkpoints' versions gives the states that belong to it.
+    """
+
+    def __init__(self, directory: Path, max_in_memory_bytes: int = 0, keep: int = 2) -> None:
+        """Make a store without any state; `restore` brings back what a checkpoint names.
+
+        Args:
+            directory: Folder of the files; made when the first state is put.
+            max_in_memory_bytes: RAM for the states used last, in encoded bytes; 0 keeps none.
+            keep: Number of commits whose files stay, at least 1; as many as checkpoints are kept,
+                so that a damaged newest checkpoint has states to fall back to.
+
+        Raises:
+            ValueError: If a number is out of range.
+        """
+        if max_in_memory_bytes < 0:
+            raise ValueError(f"`max_in_memory_bytes` must be at least 0, got {max_in_memory_bytes}")
+        if keep < 1:
+            raise ValueError(f"`keep` must be at least 1, got {keep}")
+        self._directory = directory
+        self._max_in_memory_bytes = max_in_memory_bytes
+        self._keep = keep
+        self._versions: dict[int, int] = {}
+        self._committed: list[dict[int, int]] = []
+        self._superseded: list[tuple[int, int]] = []
+        # Encoded, so that neither side can change what the other holds.
+        self._memory: OrderedDict[int, bytes] = OrderedDict()
+        self._memory_bytes = 0
+
+    def put(self, client_id: int, round_idx: int, tree: Tree) -> None:
+        """Keep a client's state; it is on disk when this returns.
+
+        A state that equals the client's newest one is not written again and keeps its round.
+
+        Args:
+            client_id: The client, from 0.
+            round_idx: The round in which the state came about.
+            tree: Nested state, as for `state_files.encode_state`.
+
+        Raises:
+            RuntimeError: If `round_idx` is not after the client's committed state.
+            OSError: If the file cannot be written; the former state stays.
+        """
+        committed = self._committed[-1].get(client_id, -1) if self._committed else -1
+        if round_idx <= committed:
+            raise RuntimeError(
+                f"client {client_id} has a committed state of round {committed}; "
+                f"it cannot be replaced by one of round {round_idx}"
+            )
+        data = encode_state(tree)
+        if not self._is_newest(client_id, data):
+            path = self._path(client_id, round_idx)
+            path.parent.mkdir(parents=True, exist_ok=True)
+            write_bytes_atomically(path, data)
+            if self._versions.get(client_id, round_idx) != round_idx:
+                self._superseded.append((client_id, self._versions[client_id]))
+            self._versions[client_id] = round_idx
+        self._remember(client_id, data)
+
+    def get(self, client_id: int) -> Tree | None:
+        """Give a client's newest state, as a copy that is the caller's own.
+
+        Args:
+            client_id: The client.
+
+        Returns:
+            The state, or None for a client without one.
+
+        Raises:
+            RuntimeError: If its file is missing or damaged.
+        """
+        if client_id not in self._versions:
+            return None
+        if client_id in self._memory:
+            self._memory.move_to_end(client_id)
+            return decode_state(self._memory[client_id])
+        path = self._path(client_id, self._versions[client_id])
+        try:
+            tree = load_state(path)
+        except (FileNotFoundError, ValueError) as error:
+            raise _unreadable(client_id, path, error) from error
+        if self._max_in_memory_bytes:
+            self._remember(client_id, path.read_bytes())
+        return tree
+
+    def versions(self) -> dict[int, int]:
+        """Round of every client's newest state, by client; goes into the checkpoint."""
+        return dict(self._versions)
+
+    def commit(self) -> None:
+        """Delete what no kept checkpoint needs; call it once the round's checkpoint is on disk."""
+        window = [*self._committed, self.versions()]
+        dropped, self._committed = window[: -self._keep], window[-self._keep :]
+        candidates = self._superseded + [item for versions in dropped for item in versions.items()]
+        for client_id, round_idx in candidates:
+            if all(versions.get(client_id) != round_idx for versions in self._committed):
+                self._path(client_id, round_idx).unlink(missing_ok=True)
+        self._superseded = []
+
+    def restore(self, versions: dict[int, int]) -> None:
+        """Go back to the states that a checkpoint names and delete all others.
+
+        Args:
+            versions: What `versions()` gave when the checkpoint was saved; {} empties the store.
+
+        Raises:
+            RuntimeError: If a state is missing or damaged; nothing is deleted then.
+        """
+        for client_id, round_idx in versions.items():
+            path = self._path(client_id, round_idx)
+            try:
+                check_state_file(path)
+            except (FileNotFoundError, ValueError) as error:
+                raise _unreadable(client_id, path, error) from error
+        for folder in self._directory.glob("[0-9]*"):
+            if folder.is_dir() and folder.name.isdecimal():
+                self._delete_others(folder, versions.get(int(folder.name)))
+        self._versions = dict(versions)
+        self._committed = [dict(versions)]
+        self._superseded = []
+        self._memory.clear()
+        self._memory_bytes = 0
+
+    def disk_bytes(self) -> int:
+        """Bytes of all files of the store."""
+        return sum(path.stat().st_size for path in self._directory.glob("*/round-*.safetensors"))
+
+    def memory_bytes(self) -> int:
+        """Bytes of the states that are held in RAM."""
+        return self._memory_bytes
+
+    def _path(self, client_id: int, round_idx: int) -> Path:
+        return self._directory / f"{client_id:06d}" / f"round-{round_idx:06d}.safetensors"
+
+    def _delete_others(self, folder: Path, kept: int | None) -> None:
+        remove_temporary_files(folder)
+        for path in folder.glob("round-*.safetensors"):
+            if path != self._path(int(folder.name), -1 if kept is None else kept):
+                path.unlink()
+        if not any(folder.iterdir()):
+            folder.rmdir()
+
+    def _is_newest(self, client_id: int, data: bytes) -> bool:
+        if client_id not in self._versions:
+            return False
+        if client_id in self._memory:
+            return self._memory[client_id] == data
+        path = self._path(client_id, self._versions[client_id])
+        if not path.exists() or path.stat().st_size != len(data):
+            return False
+        # The checksum in the header ends the comparison in the first chunk if anything differs.
+        with path.open("rb") as file:
+            starts = range(0, len(data), _CHUNK_BYTES)
+            return all(file.read(_CHUNK_BYTES) == data[i : i + _CHUNK_BYTES] for i in starts)
+
+    def _remember(self, client_id: int, data: bytes) -> None:
+        self._memory_bytes += len(data) - len(self._memory.pop(client_id, b""))
+        self._memory[client_id] = data
+        while self._memory_bytes > self._max_in_memory_bytes:
+            _, evicted = self._memory.popitem(last=False)
+            self._memory_bytes -= len(evicted)
+
+
+def _unreadable(client_id: int, path: Path, error: Exception) -> RuntimeError:
+    return RuntimeError(
+        f"the state of client {client_id} cannot be resumed from {path}: {error}. "
+        "Resume from another `ckpt_path`, or start the run anew"
+    )
