@@ -78,11 +78,15 @@ class Checkpoints:
             rounds[round_idx].unlink()
         return path
 
-    def save_best(self, state: RunState) -> Path:
+    def save_best(
+        self, tree: dict[str, Any], *, round_idx: int = 0, config: dict[str, Any] | None = None
+    ) -> Path:
         """Save the best round so far in `best.safetensors`, in place of the one before.
 
         Args:
-            state: The run's state, or the part of it that the final test and the export need.
+            tree: What the final test and the export need: nested plain values and tensors.
+            round_idx: Number of rounds completed when it was found.
+            config: The run's configuration; without it `load` has nothing to compare.
 
         Returns:
             The file.
@@ -91,7 +95,7 @@ class Checkpoints:
             OSError: If it cannot be written; the file before stays.
         """
         path = self.directory / _BEST
-        self._write(path, state)
+        self._write(path, RunState(round_idx, tree, config or {}))
         return path
 
     def last(self) -> Path:
@@ -125,7 +129,7 @@ class Checkpoints:
                 from another configuration; the message names the keys that differ.
         """
         file, state = self._find(path)
-        if config is not None:
+        if config is not None and state.config:
             _check_config(file, state.config, config, ignore)
         return state
 

@@ -8,8 +8,7 @@ import hashlib
 import json
 import os
 from collections import defaultdict
-from collections.abc import Iterable
-from dataclasses import asdict, dataclass
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, Literal, get_args
 
@@ -28,40 +27,6 @@ _FIELDS: dict[str, type] = {
     "bytes": int,
     "sha256": str,
 }
-
-
-@dataclass(frozen=True, slots=True)
-class Digest:
-    """What the ledger says about a payload.
-
-    Args:
-        kind: The message's kind.
-        tensors: {"name", "shape", "dtype"} of every tensor.
-        bytes: Size of the payload.
-        sha256: Its checksum in hexadecimal.
-    """
-
-    kind: str
-    tensors: list[dict[str, Any]]
-    bytes: int
-    sha256: str
-
-
-def digest(data: Buffer) -> Digest:
-    """Describe a payload; worth keeping when the same bytes go to many clients.
-
-    Args:
-        data: The payload.
-
-    Returns:
-        Its digest.
-
-    Raises:
-        MessageError: If the payload is not a message.
-    """
-    header = describe(data)
-    checksum = hashlib.sha256(data).hexdigest()
-    return Digest(header["kind"], header["tensors"], len(data), checksum)
 
 
 class Ledger:
@@ -93,7 +58,7 @@ class Ledger:
         self._file = os.open(path, os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o666)
         _cut_torn_line(self._file)
 
-    def record(self, round_idx: int, client_id: int, direction: Direction, data: Buffer) -> Digest:
+    def record(self, round_idx: int, client_id: int, direction: Direction, data: Buffer) -> None:
         """Note a payload; call it before the payload is handed on.
 
         Args:
@@ -102,27 +67,32 @@ class Ledger:
             direction: `up` to the server, `down` to the client.
             data: The payload.
 
-        Returns:
-            The payload's digest, for `record_digest` if the same bytes go to further clients.
-
         Raises:
-            ValueError: If `direction` is neither; `MessageError` if the payload is no message.
+            ValueError: If `direction` is neither.
+            MessageError: If the payload is not a message.
             OSError: If the line cannot be written; the payload must not leave then.
         """
-        payload = digest(data)
-        self.record_digest(round_idx, client_id, direction, payload)
-        return payload
+        checksum = hashlib.sha256(data).hexdigest()
+        self.record_digest(round_idx, client_id, direction, describe(data), len(data), checksum)
 
     def record_digest(
-        self, round_idx: int, client_id: int, direction: Direction, payload: Digest
+        self,
+        round_idx: int,
+        client_id: int,
+        direction: Direction,
+        description: Mapping[str, Any],
+        num_bytes: int,
+        sha256: str,
     ) -> None:
-        """Note a payload whose digest is known; the rest is as for `record`.
+        """Note a payload that goes to many clients and was read and hashed once.
 
         Args:
             round_idx: The round, from 0.
             client_id: The client that sends or receives it.
             direction: `up` to the server, `down` to the client.
-            payload: What `digest` said of the payload.
+            description: What `messages.describe` said of the payload.
+            num_bytes: Its size.
+            sha256: Its checksum in hexadecimal.
 
         Raises:
             ValueError: If `direction` is neither.
@@ -135,10 +105,13 @@ class Ledger:
             "round": round_idx,
             "client": client_id,
             "direction": direction,
-            **asdict(payload),
+            "kind": description["kind"],
+            "tensors": description["tensors"],
+            "bytes": num_bytes,
+            "sha256": sha256,
         }
         self._append(json.dumps(row).encode() + b"\n")
-        self._totals[round_idx][direction] += payload.bytes
+        self._totals[round_idx][direction] += num_bytes
 
     def totals(self, round_idx: int) -> dict[str, int]:
         """Bytes of one round in this attempt.
