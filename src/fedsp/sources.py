@@ -1,0 +1,260 @@
+"""Where rows come from: files, a hub data set, the docstrings of installed packages.
+
+A source only reads. What a row means is a task's business, who owns it a partitioner's.
+"""
+
+import csv
+import gzip
+import hashlib
+import io
+import json
+import tempfile
+import zlib
+from abc import ABC, abstractmethod
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import datasets
+from datasets import Dataset
+
+from fedsp.docstrings import read_docstrings
+
+Row = dict[str, Any]
+_FORMATS = (".jsonl", ".json", ".csv", ".parquet")
+
+
+class DataSource(ABC):
+    """Rows with named fields."""
+
+    @abstractmethod
+    def load(self) -> Dataset:
+        """Read all rows.
+
+        Raises:
+            ValueError: If the source is missing, empty or malformed; the text says where.
+        """
+
+    def fingerprint(self) -> str:
+        """Return a hash of the rows' content, wherever they come from; reads all of them."""
+        return content_hash(self.load())
+
+
+def content_hash(dataset: Dataset) -> str:
+    """Hash the values of all rows, in order, with their columns' names and types.
+
+    Args:
+        dataset: Rows in memory or on disk.
+
+    Returns:
+        64 hexadecimal digits.
+    """
+    digest = hashlib.sha256(repr(dataset.features).encode())
+    digest.update(str(len(dataset)).encode())
+    for batch in dataset.iter(batch_size=1000):
+        digest.update(json.dumps(batch, default=repr).encode())
+    return digest.hexdigest()
+
+
+@dataclass(frozen=True)
+class Files(DataSource):
+    """Files on this machine: `.jsonl`/`.json` (an object a line, or one list), `.csv`, `.parquet`.
+
+    The text formats may be compressed (`.jsonl.gz`). CSV fields are always text. Columns that a
+    file lacks are empty in its rows.
+
+    Args:
+        paths: One path or several, read in this order; `~` is the home folder.
+    """
+
+    paths: str | list[str]
+
+    def load(self) -> Dataset:
+        """Read all files, one after the other."""
+        paths = [self.paths] if isinstance(self.paths, str) else self.paths
+        if not paths:
+            raise ValueError("`paths` of a Files source must name at least one file, got none.")
+        rows: list[Row] = []
+        for path in paths:
+            rows += _read_file(Path(path).expanduser())
+        return _to_dataset(rows, ", ".join(paths))
+
+
+@dataclass(frozen=True)
+class Hub(DataSource):
+    """A data set of the Hugging Face hub, or a local folder laid out like one.
+
+    Args:
+        name: `owner/name` on the hub, or a folder.
+        subset: Name of the data set's configuration. None: its only or default one.
+        split: Split to read, also a slice such as `train[:10%]`.
+        revision: Branch, tag or commit on the hub; fix a commit for runs that can be repeated.
+    """
+
+    name: str
+    subset: str | None = None
+    split: str = "train"
+    revision: str | None = None
+
+    def load(self) -> Dataset:
+        """Download, or read from the local cache."""
+        try:
+            dataset = datasets.load_dataset(
+                self.name, self.subset, split=self.split, revision=self.revision
+            )
+        except (OSError, ValueError, datasets.exceptions.DatasetsError) as error:
+            raise ValueError(
+                f"The data set `name`={self.name!r}, `subset`={self.subset!r}, "
+                f"`split`={self.split!r}, `revision`={self.revision!r} cannot be loaded: {error}. "
+                "Check the spelling, the access rights and the connection (HF_HUB_OFFLINE allows "
+                "only what is cached)."
+            ) from error
+        if len(dataset) == 0:
+            raise ValueError(f"The data set {self.name!r}, split {self.split!r}, holds no rows.")
+        return dataset
+
+
+@dataclass(frozen=True)
+class Docstrings(DataSource):
+    """Definitions and their docstrings' summaries, from the source of installed packages.
+
+    Rows have the fields `package`, `prompt` (the definition) and `completion` (the summary).
+    Packages are read as text, never imported.
+
+    Args:
+        packages: Import names of installed packages or modules.
+        max_rows_per_package: At most so many rows of each package, spread over its files. None:
+            all.
+    """
+
+    packages: list[str]
+    max_rows_per_package: int | None = None
+
+    def load(self) -> Dataset:
+        """Read the packages in the order given."""
+        if not self.packages:
+            raise ValueError("`packages` of a Docstrings source must name at least one, got none.")
+        rows = read_docstrings(self.packages, max_rows=self.max_rows_per_package)
+        return _to_dataset(list(rows), ", ".join(self.packages))
+
+
+def _to_dataset(rows: Sequence[Row], origin: str) -> Dataset:
+    # `Dataset.from_list` would take the columns from the first row alone
+    columns = dict.fromkeys(name for row in rows for name in row)
+    if not columns:
+        raise ValueError(f"No rows with fields in {origin}.")
+    try:
+        return Dataset.from_dict({name: [row.get(name) for row in rows] for name in columns})
+    except (TypeError, ValueError, OverflowError):
+        for name in columns:
+            _check_column(name, [row.get(name) for row in rows], origin)
+        raise
+
+
+def _check_column(name: str, values: Sequence[object], origin: str) -> None:
+    try:
+        Dataset.from_dict({name: values})
+    except (TypeError, ValueError, OverflowError) as error:
+        raise ValueError(
+            f"Field {name!r} holds values of several kinds in {origin}: {error}. Give it one kind "
+            "in all rows."
+        ) from error
+
+
+def _read_file(path: Path) -> list[Row]:
+    suffixes = path.suffixes[-2:]
+    compressed = bool(suffixes) and suffixes[-1] == ".gz"
+    kind = suffixes[-2] if compressed and len(suffixes) == 2 else path.suffix
+    if kind not in _FORMATS or (compressed and kind == ".parquet"):
+        raise ValueError(
+            f"Data file {path} must end in {', '.join(_FORMATS)} (the text formats also with .gz)."
+        )
+    if not path.is_file():
+        raise ValueError(f"Data file {path} does not exist (looked from {Path.cwd()}).")
+    if path.stat().st_size == 0:
+        raise ValueError(f"Data file {path} is empty.")
+    if kind == ".parquet":
+        rows = _read_parquet(path)
+    else:
+        text = _read_text(path, compressed)
+        rows = list(_csv_rows(path, text) if kind == ".csv" else _json_rows(path, text))
+    if not rows:
+        raise ValueError(f"Data file {path} holds no rows.")
+    return rows
+
+
+def _read_text(path: Path, compressed: bool) -> str:
+    try:
+        data = path.read_bytes()
+        # utf-8-sig: spreadsheets write a byte-order mark, which would become part of the first name
+        return (gzip.decompress(data) if compressed else data).decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        line = error.object.count(b"\n", 0, error.start) + 1
+        raise ValueError(
+            f"Data file {path}, line {line}: not UTF-8 text ({error.reason})."
+        ) from error
+    except (OSError, EOFError, zlib.error) as error:
+        raise ValueError(f"Data file {path} cannot be read: {error}.") from error
+
+
+def _json_rows(path: Path, text: str) -> Iterator[Row]:
+    if text.lstrip().startswith("["):
+        rows = [(idx, row) for idx, row in enumerate(_parse(path, text, 1))]
+        place = "entry"
+    else:
+        # only \n ends a line of JSON: str.splitlines also breaks at U+2028, which may stand in a
+        # text
+        lines = [(idx, line) for idx, line in enumerate(text.split("\n"), 1) if line.strip()]
+        rows = [(idx, _parse(path, line, idx)) for idx, line in lines]
+        place = "line"
+    for idx, row in rows:
+        if not isinstance(row, dict):
+            raise ValueError(
+                f"Data file {path}, {place} {idx}: a JSON object with named fields is wanted, got "
+                f"{json.dumps(row)[:60]}."
+            )
+        yield row
+
+
+def _parse(path: Path, text: str, first_line: int) -> Any:
+    try:
+        return json.loads(text)
+    except json.JSONDecodeError as error:
+        raise ValueError(
+            f"Data file {path}, line {first_line + error.lineno - 1}, column {error.colno}: "
+            f"malformed JSON: {error.msg}."
+        ) from error
+
+
+def _csv_rows(path: Path, text: str) -> Iterator[Row]:
+    reader = csv.reader(io.StringIO(text, newline=""), strict=True)
+    try:
+        header = next(reader, [])
+        if len(set(header)) < len(header) or "" in header:
+            raise ValueError(
+                f"Data file {path}, line 1: every column needs a name of its own, got {header}."
+            )
+        for fields in reader:
+            if not fields:
+                continue
+            if len(fields) != len(header):
+                raise ValueError(
+                    f"Data file {path}, line {reader.line_num}: {len(header)} fields are wanted as "
+                    f"in line 1, got {len(fields)}."
+                )
+            yield dict(zip(header, fields, strict=True))
+    except csv.Error as error:
+        raise ValueError(
+            f"Data file {path}, line {reader.line_num}: malformed CSV: {error}."
+        ) from error
+
+
+def _read_parquet(path: Path) -> list[Row]:
+    with tempfile.TemporaryDirectory() as folder:
+        try:
+            dataset = Dataset.from_parquet(str(path), cache_dir=folder, keep_in_memory=True)
+        except (OSError, ValueError, datasets.exceptions.DatasetsError) as error:
+            reason = error.__cause__ or error
+            raise ValueError(f"Data file {path} is no readable Parquet file: {reason}.") from error
+        return list(dataset)
