@@ -1,0 +1,357 @@
+"""What a row means: rows of fields become tokenised examples.
+
+Nothing here reads files, splits data or makes batches.
+"""
+
+import hashlib
+import json
+import string
+from abc import ABC, abstractmethod
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from transformers import PreTrainedTokenizerBase
+
+from fedsp.examples import Example
+
+Row = Mapping[str, Any]
+
+
+@dataclass(frozen=True)
+class RenderedRow:
+    """A row as text.
+
+    Args:
+        prompt: What is given; may be empty.
+        choices: Texts that may follow, each with the space it begins with.
+        answer: Index of the right one.
+        num_chars: Characters of each choice without what the task puts before it, at least 1.
+    """
+
+    prompt: str
+    choices: list[str]
+    answer: int
+    num_chars: list[int]
+
+
+class Task(ABC):
+    """Turns rows into examples. A task's `repr` names everything that shapes its examples."""
+
+    add_eos: bool
+
+    @abstractmethod
+    def render(self, row: Row, row_idx: int) -> RenderedRow:
+        """Lay out one row as text.
+
+        Args:
+            row: Field name to value.
+            row_idx: Index of the row in its source, for error messages.
+
+        Raises:
+            ValueError: If a field is missing, empty (null) or of the wrong kind.
+        """
+
+    def encode(
+        self, rows: Sequence[Row], tokenizer: PreTrainedTokenizerBase, *, first_row: int = 0
+    ) -> list[Example]:
+        """Tokenise a batch of rows, an example each.
+
+        Args:
+            rows: The rows.
+            tokenizer: Tokenizer of the model; a fast one does the whole batch at once.
+            first_row: Index of `rows[0]` in its source, for error messages.
+
+        Raises:
+            ValueError: As `render`.
+        """
+        rendered = [self.render(row, first_row + idx) for idx, row in enumerate(rows)]
+        return encode_rendered(rendered, tokenizer, add_eos=self.add_eos)
+
+    def pack(
+        self, examples: Sequence[Example], max_tokens: int | None
+    ) -> tuple[list[Example], list[int] | None]:
+        """Regroup one owner's examples; by default they stay as they are.
+
+        Args:
+            examples: All examples of one owner.
+            max_tokens: Longest example the model takes, None without limit.
+
+        Returns:
+            The examples, and the index in `examples` that each comes from, None if they are
+            regrouped.
+
+        Raises:
+            ValueError: If the task's own length is above `max_tokens`.
+        """
+        del max_tokens
+        return list(examples), list(range(len(examples)))
+
+
+@dataclass(frozen=True)
+class PromptCompletion(Task):
+    """A prompt and the text that completes it, from templates over the row's fields.
+
+    Args:
+        prompt: Template with field names in braces, as of Python's `str.format`; `{{` is a brace.
+        completion: Template of the completion. It is taken as it stands: it should begin with the
+            space or line break that separates it from the prompt.
+        add_eos: End every completion with the end-of-text token, so that generation learns to stop.
+    """
+
+    prompt: str = "{prompt}"
+    completion: str = "{completion}"
+    add_eos: bool = True
+
+    def __post_init__(self) -> None:
+        _check_template("prompt", self.prompt, needs_field=False)
+        _check_template("completion", self.completion, needs_field=True)
+
+    def render(self, row: Row, row_idx: int) -> RenderedRow:
+        """Fill both templates."""
+        prompt = _fill("prompt", self.prompt, row, row_idx)
+        completion = _fill("completion", self.completion, row, row_idx)
+        return RenderedRow(prompt, [completion], 0, [max(1, len(completion.strip()))])
+
+
+@dataclass(frozen=True)
+class MultipleChoice(Task):
+    """A question with choices of which one is right; trained on the right one, scored on all.
+
+    Args:
+        question: Template of the prompt over the row's fields, as of Python's `str.format`.
+        choices: Field that holds the list of choices (`choices.text`: a field inside a field), or a
+            list of fields that hold one choice each.
+        answer: Field with the right choice: an index counted from 0, or one of the labels.
+        labels: Field with the choices' labels. None: A, B, C, … in order.
+        choice_prefix: Put before every choice; not counted in its characters.
+        add_eos: End every choice with the end-of-text token. Off as in lm-eval, which scores the
+            bare choices.
+    """
+
+    question: str = "{question}"
+    choices: str | list[str] = "choices"
+    answer: str = "answer"
+    labels: str | None = None
+    choice_prefix: str = " "
+    add_eos: bool = False
+
+    def __post_init__(self) -> None:
+        _check_template("question", self.question, needs_field=True)
+
+    def render(self, row: Row, row_idx: int) -> RenderedRow:
+        """Fill the question and look up choices and answer."""
+        question = _fill("question", self.question, row, row_idx)
+        choices = self._choices(row, row_idx)
+        answer = self._answer(row, row_idx, len(choices))
+        texts = [self.choice_prefix + choice for choice in choices]
+        return RenderedRow(question, texts, answer, [max(1, len(choice)) for choice in choices])
+
+    def _choices(self, row: Row, row_idx: int) -> list[str]:
+        if isinstance(self.choices, str):
+            choices = _field("choices", self.choices, row, row_idx)
+        else:
+            choices = [_field("choices", name, row, row_idx) for name in self.choices]
+        if not isinstance(choices, list) or len(choices) < 2:
+            raise ValueError(
+                f"`data.task.choices`={self.choices!r} must give at least two choices, got "
+                f"{choices!r} in row {row_idx}."
+            )
+        if not all(isinstance(choice, str) and choice for choice in choices):
+            raise ValueError(
+                f"`data.task.choices`={self.choices!r} must give non-empty texts, got {choices!r} "
+                f"in row {row_idx}."
+            )
+        return choices
+
+    def _answer(self, row: Row, row_idx: int, num_choices: int) -> int:
+        value = _field("answer", self.answer, row, row_idx)
+        labels = list(string.ascii_uppercase[:num_choices])
+        if self.labels is not None:
+            labels = [str(label) for label in _field("labels", self.labels, row, row_idx)]
+        if str(value) in labels and (self.labels is not None or isinstance(value, str)):
+            answer = labels.index(str(value))
+        elif isinstance(value, int) or (isinstance(value, str) and value.isdecimal()):
+            answer = int(value)
+        else:
+            answer = -1
+        if not 0 <= answer < num_choices:
+            raise ValueError(
+                f"`data.task.answer`={self.answer!r} must give one of the labels "
+                f"{', '.join(labels)} or an index from 0 to {num_choices - 1}, got {value!r} in "
+                f"row {row_idx}. Labels of another field are named by `data.task.labels`."
+            )
+        return answer
+
+
+@dataclass(frozen=True)
+class RawText(Task):
+    """Plain text, every token of which is learned.
+
+    Args:
+        text: Template of a document over the row's fields, as of Python's `str.format`.
+        block_size: Tokens of an example: all documents of an owner are joined and cut into blocks,
+            of which the last is shorter. None: a document is an example, and one that is too long
+            is cut into several.
+        add_eos: End every document with the end-of-text token.
+    """
+
+    text: str = "{text}"
+    block_size: int | None = None
+    add_eos: bool = True
+
+    def __post_init__(self) -> None:
+        _check_template("text", self.text, needs_field=True)
+        if self.block_size is not None and self.block_size < 2:
+            raise ValueError(
+                f"`data.task.block_size` must be at least 2 or null, got {self.block_size}."
+            )
+
+    def render(self, row: Row, row_idx: int) -> RenderedRow:
+        """Fill the template; there is no prompt."""
+        text = _fill("text", self.text, row, row_idx)
+        return RenderedRow("", [text], 0, [max(1, len(text))])
+
+    def pack(
+        self, examples: Sequence[Example], max_tokens: int | None
+    ) -> tuple[list[Example], list[int] | None]:
+        """Join and cut into blocks; no token is lost."""
+        if self.block_size is not None and max_tokens is not None and self.block_size > max_tokens:
+            raise ValueError(
+                f"`data.task.block_size`={self.block_size} must not be above the {max_tokens} "
+                "tokens that fit (`data.max_tokens`, or the model's positions less "
+                "`model.num_virtual_tokens`). Lower it."
+            )
+        size = self.block_size or max_tokens
+        if size is None or not examples:
+            return list(examples), list(range(len(examples)))
+        if self.block_size is None:
+            return [block for ex in examples for block in _blocks([ex], size)], None
+        return _blocks(examples, size), None
+
+
+def encode_rendered(
+    rendered: Sequence[RenderedRow], tokenizer: PreTrainedTokenizerBase, *, add_eos: bool
+) -> list[Example]:
+    """Tokenise rendered rows all at once.
+
+    A completion's tokens are those of the joint text behind the prompt's, as in lm-eval; where a
+    token would straddle the border it is tokenised by itself, since generation starts from the
+    prompt's tokens.
+
+    Args:
+        rendered: Rows as text.
+        tokenizer: Tokenizer of the model.
+        add_eos: End every completion with the end-of-text token.
+
+    Raises:
+        ValueError: If `add_eos` is asked of a tokenizer without such a token.
+    """
+    if add_eos and tokenizer.eos_token_id is None:
+        raise ValueError(
+            "`data.task.add_eos` needs an end-of-text token, which `data.tokenizer` lacks. Set it "
+            "to false."
+        )
+    choices = [choice for row in rendered for choice in row.choices]
+    joint = [row.prompt + choice for row in rendered for choice in row.choices]
+    prompt_ids = _tokenize(tokenizer, [row.prompt for row in rendered])
+    choice_ids = iter(_tokenize(tokenizer, choices))
+    joint_ids = iter(_tokenize(tokenizer, joint))
+    start = leading_ids(tokenizer)
+    end = [tokenizer.eos_token_id] if add_eos else []
+    examples = []
+    for row, prompt in zip(rendered, prompt_ids, strict=True):
+        completions = []
+        for _ in row.choices:
+            whole, alone = next(joint_ids), next(choice_ids)
+            behind = whole[len(prompt) :] if whole[: len(prompt)] == prompt else alone
+            completions.append(behind + end)
+        examples.append(Example(start + prompt, completions, row.answer, row.num_chars))
+    return examples
+
+
+def leading_ids(tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    """Return the token ids that the tokenizer puts before every text: the start token, or nothing.
+
+    Args:
+        tokenizer: Tokenizer of the model.
+    """
+    bos = tokenizer.bos_token_id
+    ids = tokenizer("a", add_special_tokens=True)["input_ids"]
+    return [bos] if bos is not None and ids[:1] == [bos] else []
+
+
+def _tokenize(tokenizer: PreTrainedTokenizerBase, texts: list[str]) -> list[list[int]]:
+    if not texts:
+        return []
+    options = {"add_special_tokens": False, "return_attention_mask": False, "verbose": False}
+    return tokenizer(texts, **options)["input_ids"]
+
+
+def _blocks(documents: Sequence[Example], size: int) -> list[Example]:
+    lead = documents[0].prompt_ids
+    tokens = [token for document in documents for token in document.completions[0]]
+    room = max(1, size - len(lead))
+    chars = sum(document.num_chars[0] for document in documents) / max(1, len(tokens))
+    pieces = [tokens[start : start + room] for start in range(0, len(tokens), room)]
+    return [Example(lead, [piece], 0, [max(1, round(chars * len(piece)))]) for piece in pieces]
+
+
+def _check_template(option: str, template: str, *, needs_field: bool) -> None:
+    try:
+        names = [name for _, name, _, _ in string.Formatter().parse(template) if name is not None]
+    except ValueError as error:
+        raise ValueError(
+            f"`data.task.{option}`={template!r} is no template: {error}. Write field names in "
+            "braces, a brace itself as '{{' or '}}'."
+        ) from error
+    if "" in names or any(name.isdecimal() for name in names):
+        raise ValueError(f"`data.task.{option}`={template!r} must name its fields, not count them.")
+    if needs_field and not names:
+        raise ValueError(
+            f"`data.task.{option}`={template!r} names no field. Write the field in braces, such as "
+            f"'{{{template.strip() or 'text'}}}'."
+        )
+
+
+def _fill(option: str, template: str, row: Row, row_idx: int) -> str:
+    for _, name, _, _ in string.Formatter().parse(template):
+        if name is not None:
+            _field(option, name.split("[")[0].split(".")[0], row, row_idx)
+    try:
+        return template.format_map(row)
+    except (AttributeError, LookupError, ValueError, TypeError) as error:
+        raise ValueError(
+            f"`data.task.{option}`={template!r} cannot be filled from row {row_idx}: {error!r}."
+        ) from error
+
+
+def _field(option: str, path: str, row: Row, row_idx: int) -> Any:
+    value: Any = row
+    for name in path.split("."):
+        if not isinstance(value, Mapping) or value.get(name) is None:
+            raise ValueError(
+                f"`data.task.{option}` names the field {path!r}, which row {row_idx} lacks or "
+                f"leaves empty (null). Its fields are {', '.join(row)}."
+            )
+        value = value[name]
+    return value
+
+
+def tokenizer_hash(tokenizer: PreTrainedTokenizerBase) -> str:
+    """Hash everything that decides a text's token ids.
+
+    Args:
+        tokenizer: A tokenizer; its padding and truncation settings change with use and do not
+            count.
+
+    Returns:
+        64 hexadecimal digits.
+    """
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    content = json.loads(backend.to_str()) if backend is not None else tokenizer.get_vocab()
+    content.pop("padding", None)
+    content.pop("truncation", None)
+    special = [tokenizer.bos_token_id, tokenizer.eos_token_id, leading_ids(tokenizer)]
+    text = json.dumps([type(tokenizer).__name__, special, content], sort_keys=True)
+    return hashlib.sha256(text.encode()).hexdigest()
