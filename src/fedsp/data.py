@@ -1,0 +1,507 @@
+"""The data of a federation: four splits, and a partition for every client.
+
+Rows are read, carved, partitioned, tokenised and batched here by the parts of the layer below.
+Rounds, cohorts and models are unknown here.
+"""
+
+import os
+import warnings
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from functools import partial
+from itertools import chain
+from pathlib import Path
+from typing import Any
+
+import torch
+from datasets import Dataset
+from lightning.pytorch import LightningDataModule
+from torch import Tensor
+from torch.utils.data import DataLoader
+from transformers import PreTrainedTokenizerBase
+
+from fedsp.backbone import BackboneSpec, load_tokenizer, resolve
+from fedsp.batching import Batching, StepBatches, eval_batches
+from fedsp.collate import collate, collate_choices, collate_prompts
+from fedsp.examples import Example
+from fedsp.partition import Partitioner, carve
+from fedsp.sources import DataSource, content_hash
+from fedsp.tasks import Task, leading_ids, tokenizer_hash
+from fedsp.token_cache import TokenStore, load_or_build
+
+Split = DataSource | int | float | None
+# The order in which rows are carved out: a split is the same whatever comes after it.
+_SPLITS = ("test", "selection", "server", "public")
+_ENCODED_AT_ONCE = 1000
+_DEFAULT_BATCHING = Batching()
+
+
+@dataclass(frozen=True)
+class _Portion:
+    """One owner's examples, ready to be batched.
+
+    Args:
+        store: The examples as they are trained on or scored.
+        rows: Row of each example in `dataset`; None where examples were regrouped.
+        num_cut: Examples whose prompt was cut.
+        num_left_out: Examples that could not be used.
+        origin: The whole source's examples, neither cut nor regrouped.
+        origin_rows: Those of them that this owner has.
+    """
+
+    store: TokenStore
+    rows: list[int] | None
+    num_cut: int
+    num_left_out: int
+    origin: TokenStore
+    origin_rows: list[int]
+
+
+class FederatedDataModule(LightningDataModule):
+    """Every split and every client's partition, and the loaders over them."""
+
+    def __init__(  # noqa: PLR0913  (the signature is the configuration schema)
+        self,
+        clients: DataSource,
+        task: Task,
+        partitioner: Partitioner,
+        server: Split = None,
+        public: Split = None,
+        selection: Split = 0.1,
+        test: Split = 0.1,
+        public_task: Task | None = None,
+        batching: Batching = _DEFAULT_BATCHING,
+        tokenizer: str | None = None,
+        max_tokens: int | None = None,
+        cache_dir: str | None = None,
+        seed: int = 0,
+    ) -> None:
+        """Store the configuration; nothing is read before `prepare_data` or `setup`.
+
+        A split is a source of its own, or is carved out of the clients' source before partitioning:
+        a whole number of rows, or a fraction in (0, 1) of that source. Null: there is none.
+
+        Args:
+            clients: Source of the clients' data.
+            task: What a row means.
+            partitioner: Who owns which row of what is left after carving.
+            server: Data the server trains on.
+            public: Data for distilling the auxiliary model; must not hold clients' examples.
+            selection: Data that chooses the best round.
+            test: Data that is only scored at the end.
+            public_task: What a row of the public data means. Null: as `task`.
+            batching: How examples are put together.
+            tokenizer: Folder, hub id or `fedsp://NAME`, normally that of the global model.
+            max_tokens: Longest example in tokens; longer prompts are cut on the left. Null: what
+                the model's positions leave beside the virtual tokens.
+            cache_dir: Folder for tokenised data. Null: `$FEDSP_CACHE`, else `~/.cache/fedsp`.
+            seed: Seed of carving, partitioning and the order of batches.
+        """
+        super().__init__()
+        if max_tokens is not None and max_tokens < 2:
+            raise ValueError(f"`data.max_tokens` must be at least 2 or null, got {max_tokens}.")
+        self.task, self.public_task, self.partitioner = task, public_task or task, partitioner
+        self.clients, self.batching, self.seed = clients, batching, seed
+        self.splits: dict[str, Split] = {
+            "test": test, "selection": selection, "server": server, "public": public
+        }  # fmt: skip
+        self.tokenizer_name, self.max_tokens = tokenizer, max_tokens
+        default_cache = os.environ.get("FEDSP_CACHE") or "~/.cache/fedsp"
+        self.cache_dir = Path(cache_dir or default_cache).expanduser()
+        self.client_names: list[str] = []
+        self._tokenizer: PreTrainedTokenizerBase | None = None
+        self._datasets: dict[str, Dataset] = {}
+        self._portions: dict[str, _Portion] = {}
+        self._clients: list[_Portion] = []
+        self._is_set_up = False
+
+    # --- preparation ------------------------------------------------------------------------------
+
+    def limit_tokens(self, max_tokens: int) -> None:
+        """Take over what the model's positions leave for text; call it before `setup`.
+
+        Args:
+            max_tokens: The model's positions less its virtual tokens.
+
+        Raises:
+            ValueError: If `data.max_tokens` is above it.
+            RuntimeError: If the data is set up already with a longer limit or none.
+        """
+        if self.max_tokens is not None and self.max_tokens > max_tokens:
+            raise ValueError(
+                f"`data.max_tokens` must be at most {max_tokens}, the model's positions less "
+                f"`model.num_virtual_tokens`, got {self.max_tokens}. Lower one of the two."
+            )
+        if self.max_tokens is None:
+            if self._is_set_up:
+                raise RuntimeError("`limit_tokens` must be called before `setup`.")
+            self.max_tokens = max_tokens
+
+    def prepare_data(self) -> None:
+        """Download, read and tokenise, so that other processes find everything in the caches."""
+        if not self._is_set_up:
+            self._read()
+            for role, dataset in self._datasets.items():
+                self._encode(role, dataset)
+
+    def setup(self, stage: str | None = None) -> None:
+        """Read, carve, partition and tokenise once; all stages share the result.
+
+        Args:
+            stage: Lightning's stage; without effect.
+
+        Raises:
+            ValueError: If the data cannot be what the configuration says; the text names the
+                option.
+        """
+        if self._is_set_up:
+            return
+        self._read()
+        source = self._datasets["clients"]
+        sizes = {name: size for name, size in self.splits.items() if isinstance(size, int | float)}
+        carved, left = carve(
+            source, sizes, stratify_by=self.partitioner.stratify_by, seed=self.seed
+        )
+        rest = source.select(left)
+        parts = [[left[row] for row in part] for part in self.partitioner(rest, self.seed)]
+        self.client_names = self.partitioner.names(rest)
+        stored = self._encode("clients", source)
+        for name in _SPLITS:
+            if name in carved:
+                self._portions[name] = self._carved_portion(name, stored, carved[name])
+            elif name in self._datasets:
+                own = self._encode(name, self._datasets[name])
+                self._portions[name] = self._portion(name, own, list(range(len(own))))
+            else:
+                continue
+            self._warn(name, [self._portions[name]])
+            self._check_filled(f"`data.{name}`", self._portions[name])
+        self._clients = [self._portion("clients", stored, part) for part in parts]
+        self._warn("clients", self._clients)
+        for client_name, portion in zip(self.client_names, self._clients, strict=True):
+            self._check_filled(f"Client {client_name!r} of `data.clients`", portion)
+        self._is_set_up = True
+
+    def _read(self) -> None:
+        roles = {"clients": self.clients, **self.splits}
+        for role, source in roles.items():
+            if isinstance(source, DataSource) and role not in self._datasets:
+                try:
+                    self._datasets[role] = source.load()
+                except ValueError as error:
+                    raise ValueError(f"`data.{role}`: {error}") from error
+
+    def _encode(self, role: str, dataset: Dataset) -> TokenStore:
+        task = self.public_task if role == "public" else self.task
+        key = f"{content_hash(dataset)}/{task!r}/{tokenizer_hash(self.tokenizer)}"
+        try:
+            return load_or_build(self.cache_dir, key, lambda: self._examples(dataset, task))
+        except ValueError as error:
+            text = str(error)
+            if role == "public" and self.public_task is not self.task:
+                text = text.replace("`data.task.", "`data.public_task.")
+            raise ValueError(f"`data.{role}`: {text}") from error
+
+    def _examples(self, dataset: Dataset, task: Task) -> Iterator[Example]:
+        first_row = 0
+        for columns in dataset.iter(batch_size=_ENCODED_AT_ONCE):
+            names, values = list(columns), zip(*columns.values(), strict=True)
+            rows = [dict(zip(names, row, strict=True)) for row in values]
+            yield from task.encode(rows, self.tokenizer, first_row=first_row)
+            first_row += len(rows)
+
+    def _carved_portion(self, name: str, stored: TokenStore, rows: list[int]) -> _Portion:
+        if name == "public" and self.public_task is not self.task:
+            stored = self._encode(name, self._datasets["clients"].select(rows))
+            rows = list(range(len(rows)))
+        return self._portion(name, stored, rows)
+
+    def _portion(self, name: str, stored: TokenStore, rows: list[int]) -> _Portion:
+        task = self.public_task if name == "public" else self.task
+        examples, origins = task.pack([stored[row] for row in rows], self.max_tokens)
+        num_leading = len(leading_ids(self.tokenizer))
+        fitted = [example.fit(self.max_tokens, num_leading=num_leading) for example in examples]
+        kept = [
+            (idx, example)
+            for idx, example in enumerate(fitted)
+            if example is not None and example.is_predictable
+        ]
+        return _Portion(
+            store=TokenStore.pack(example for _, example in kept),
+            rows=None if origins is None else [rows[origins[idx]] for idx, _ in kept],
+            num_cut=sum(example is not examples[idx] for idx, example in kept),
+            num_left_out=len(examples) - len(kept),
+            origin=stored,
+            origin_rows=rows,
+        )
+
+    def _warn(self, name: str, portions: list[_Portion]) -> None:
+        total = sum(len(portion.store) + portion.num_left_out for portion in portions)
+        if num_cut := sum(portion.num_cut for portion in portions):
+            warnings.warn(
+                f"`data.{name}`: {num_cut} of {total} examples are longer than `data.max_tokens`="
+                f"{self.max_tokens}; their prompts are cut on the left. Raise it, or shorten the "
+                "prompt.",
+                stacklevel=3,
+            )
+        if num_left_out := sum(portion.num_left_out for portion in portions):
+            warnings.warn(
+                f"`data.{name}`: {num_left_out} of {total} examples are left out, since their "
+                f"completion is empty or does not fit in `data.max_tokens`={self.max_tokens} with "
+                "any of its prompt. Raise it, or shorten the completions.",
+                stacklevel=3,
+            )
+
+    def _check_filled(self, owner: str, portion: _Portion) -> None:
+        if not len(portion.store):
+            raise ValueError(
+                f"{owner} has no example that can be used: {portion.num_left_out} of "
+                f"{portion.num_left_out} are left out. Raise `data.max_tokens`={self.max_tokens} "
+                "or bring other data."
+            )
+
+    # --- what there is ----------------------------------------------------------------------------
+
+    @property
+    def tokenizer(self) -> PreTrainedTokenizerBase:
+        """The tokenizer, loaded when first asked for.
+
+        Raises:
+            ValueError: If `data.tokenizer` is not set or names no tokenizer.
+        """
+        if self._tokenizer is None:
+            if self.tokenizer_name is None:
+                raise ValueError(
+                    "`data.tokenizer` must name a folder, a hub id or fedsp://NAME, got null. Give "
+                    "that of the global model (`model.backbone.name_or_path`)."
+                )
+            files = ("tokenizer.json", "tokenizer_config.json")
+            folder = resolve(self.tokenizer_name, option="data.tokenizer", files=files)
+            self._tokenizer = load_tokenizer(BackboneSpec(name_or_path=folder, tokenizer=folder))
+        return self._tokenizer
+
+    @property
+    def num_clients(self) -> int:
+        """Number of clients; where the partitioner needs the data to tell, only after `setup`.
+
+        Raises:
+            RuntimeError: If it is not known yet.
+        """
+        known = self.partitioner.num_clients
+        if known is None:
+            self._require_setup()
+            return len(self._clients)
+        return known
+
+    def client_num_examples(self, client_id: int) -> int:
+        """Return the number of a client's training examples."""
+        return len(self._client(client_id).store)
+
+    @property
+    def has_server(self) -> bool:
+        """Whether the server has data of its own."""
+        return self.splits["server"] is not None
+
+    @property
+    def has_public(self) -> bool:
+        """Whether there is public data."""
+        return self.splits["public"] is not None
+
+    @property
+    def has_selection(self) -> bool:
+        """Whether there is data that chooses the best round."""
+        return self.splits["selection"] is not None
+
+    @property
+    def has_test(self) -> bool:
+        """Whether there is data to score at the end."""
+        return self.splits["test"] is not None
+
+    def public_fingerprint(self) -> str:
+        """Return a hash of the public data's token ids, for artefacts that depend on them."""
+        return self._existing("public").store.digest()
+
+    def describe(self) -> dict[str, Any]:
+        """Return the number of examples of every split and client, and of those cut or left out."""
+        self._require_setup()
+        counts: dict[str, Any] = dict.fromkeys(_SPLITS, 0)
+        counts |= {name: len(portion.store) for name, portion in self._portions.items()}
+        sizes = [len(portion.store) for portion in self._clients]
+        counts["clients"] = dict(zip(self.client_names, sizes, strict=True))
+        owners = {"clients": self._clients, **{name: [p] for name, p in self._portions.items()}}
+        for key in ("num_cut", "num_left_out"):
+            counts[key] = {
+                name: sum(getattr(p, key) for p in owned) for name, owned in owners.items()
+            }
+        return counts
+
+    def sample_ids(self, num_tokens: int) -> list[int]:
+        """Return the first token ids of text that the server may see, to initialise a prompt from.
+
+        Args:
+            num_tokens: At most so many.
+
+        Returns:
+            Examples of the server's split, else the public, else the selection split, joined.
+
+        Raises:
+            ValueError: If there is none of these splits.
+        """
+        self._require_setup()
+        for name in ("server", "public", "selection"):
+            if name in self._portions:
+                ids: list[int] = []
+                for example in self._portions[name].store:
+                    if len(ids) >= num_tokens:
+                        break
+                    ids += example.prompt_ids + example.completions[example.answer]
+                return ids[:num_tokens]
+        raise ValueError(
+            "A prompt that is initialised from text needs `data.server`, `data.public` or "
+            "`data.selection`; all are null. Give one, or choose another initialisation."
+        )
+
+    def public_overlap(self) -> int:
+        """Return how many public examples have the text, token by token, of some client's "
+        "example.
+        """
+        self._require_setup()
+        if not self.has_public:
+            return 0
+        owned = {text for portion in self._clients for text in self._texts(portion)}
+        return sum(text in owned for text in self._texts(self._portions["public"]))
+
+    def raw_row(self, row_idx: int) -> dict[str, Any]:
+        """Return the fields of a row of the test split by the `row` of a predict batch."""
+        return dict(self._datasets["test" if "test" in self._datasets else "clients"][row_idx])
+
+    def _texts(self, portion: _Portion) -> Iterator[tuple[int, ...]]:
+        marks = {self.tokenizer.bos_token_id, self.tokenizer.eos_token_id}
+        for row in portion.origin_rows:
+            example = portion.origin[row]
+            ids = example.prompt_ids + example.completions[example.answer]
+            yield tuple(token for token in ids if token not in marks)
+
+    def _require_setup(self) -> None:
+        if not self._is_set_up:
+            raise RuntimeError("The data is not read yet: call `setup` first.")
+
+    def _existing(self, name: str) -> _Portion:
+        self._require_setup()
+        if name not in self._portions:
+            raise ValueError(
+                f"`data.{name}` is null, but its data is needed. Give it a source of its own, a "
+                "number of rows or a fraction of `data.clients`."
+            )
+        return self._portions[name]
+
+    def _client(self, client_id: int) -> _Portion:
+        self._require_setup()
+        if not 0 <= client_id < len(self._clients):
+            raise ValueError(f"A client id must be in [0, {len(self._clients)}), got {client_id}.")
+        return self._clients[client_id]
+
+    # --- loaders ----------------------------------------------------------------------------------
+
+    def client_dataloader(
+        self, client_id: int, *, start_step: int, num_steps: int
+    ) -> DataLoader[Any]:
+        """Return the batches of some steps of a client's endless stream.
+
+        Args:
+            client_id: Index of the client.
+            start_step: First step, counted from 0 over all rounds.
+            num_steps: Number of batches.
+        """
+        store = self._client(client_id).store
+        return self._train_loader(store, "client", client_id, start_step, num_steps)
+
+    def server_dataloader(self, *, start_step: int, num_steps: int) -> DataLoader[Any]:
+        """Return the batches of some steps of the server's endless stream; see "
+        "`client_dataloader`.
+        """
+        return self._train_loader(
+            self._existing("server").store, "server", -1, start_step, num_steps
+        )
+
+    def public_dataloader(self, *, start_step: int, num_steps: int) -> DataLoader[Any]:
+        """Return batches of the public data's endless stream; see `client_dataloader`."""
+        return self._train_loader(
+            self._existing("public").store, "public", -1, start_step, num_steps
+        )
+
+    def train_dataloader(self) -> DataLoader[Any]:
+        """Return one epoch of the server's data; without any, of all clients' data together."""
+        if self.has_server:
+            return self._train_loader(self._existing("server").store, "server", -1, 0, None)
+        self._require_setup()
+        union = TokenStore.pack(chain.from_iterable(portion.store for portion in self._clients))
+        return self._train_loader(union, "all-clients", -1, 0, None)
+
+    def val_dataloader(self) -> DataLoader[Any]:
+        """Return the selection split once, every choice a row."""
+        return self._eval_loader(self._existing("selection").store)
+
+    def test_dataloader(self) -> DataLoader[Any]:
+        """Return the test split once, every choice a row."""
+        return self._eval_loader(self._existing("test").store)
+
+    def predict_dataloader(self) -> DataLoader[Any]:
+        """Return the test split's prompts once, padded on the left, with the index of each raw "
+        "row.
+        """
+        portion = self._existing("test")
+        prompts = [len(example.prompt_ids) for example in portion.store]
+        if portion.rows is None or 0 in prompts:
+            raise ValueError(
+                "`fedsp predict` continues prompts, and `data.task` gives examples without one. "
+                "Use a task with a prompt, such as fedsp.tasks.PromptCompletion."
+            )
+        return DataLoader(
+            range(len(prompts)),  # type: ignore[arg-type]
+            batch_sampler=eval_batches(prompts, [1] * len(prompts), self.batching.eval_batch_size),
+            collate_fn=partial(_collate_rows, portion.store, portion.rows, self._pad_id()),
+            generator=torch.Generator(),
+        )
+
+    def _train_loader(
+        self, store: TokenStore, owner: str, client_id: int, start_step: int, num_steps: int | None
+    ) -> DataLoader[Any]:
+        batches = StepBatches(
+            store.lengths(),
+            self.batching,
+            seed=self.seed,
+            owner=owner,
+            client_id=client_id,
+            start_step=start_step,
+            num_steps=num_steps,
+        )
+        return _loader(store, batches, partial(collate, pad_id=self._pad_id()))
+
+    def _eval_loader(self, store: TokenStore) -> DataLoader[Any]:
+        lengths = [example.longest for example in store]
+        num_rows = [len(example.completions) for example in store]
+        batches = eval_batches(lengths, num_rows, self.batching.eval_batch_size)
+        return _loader(store, batches, partial(collate_choices, pad_id=self._pad_id()))
+
+    def _pad_id(self) -> int:
+        return int(self.tokenizer.pad_token_id)
+
+
+def _loader(
+    store: TokenStore, batches: Any, collate_fn: Callable[[list[Example]], dict[str, Tensor]]
+) -> DataLoader[Any]:
+    # a generator of its own: a loader without one draws from torch's global generator at every
+    # start
+    return DataLoader(
+        store,  # type: ignore[arg-type]
+        batch_sampler=batches,
+        collate_fn=collate_fn,
+        generator=torch.Generator(),
+    )
+
+
+def _collate_rows(
+    store: TokenStore, rows: list[int], pad_id: int, indices: list[int]
+) -> dict[str, Tensor]:
+    return collate_prompts([store[idx] for idx in indices], pad_id, [rows[idx] for idx in indices])
