@@ -1,4 +1,4 @@
-"""Tiny random models of every supported family, with weights large enough that effects are visible."""
+"""Tiny random models of every supported family, with weights large enough to see effects."""
 
 from typing import Any
 
@@ -69,7 +69,7 @@ WITH_KERNELS = [
 
 
 def tiny_config(family: str, num_layers: int = 4, **changes: Any) -> dict[str, Any]:
-    """Return the `model.backbone.config` of a tiny model; sliding and full layers alternate where there are both."""
+    """Return the `model.backbone.config` of a tiny model; layer types alternate where there are."""
     config = {"model_type": family, **_CONFIGS[family]}
     config["n_layer" if family == "gpt2" else "num_hidden_layers"] = num_layers
     if family in ("gemma2", "gemma3_text"):
@@ -78,7 +78,7 @@ def tiny_config(family: str, num_layers: int = 4, **changes: Any) -> dict[str, A
     return {**config, **changes}
 
 
-def tiny_spec(family: str, kernel: str | None = None, **settings: Any) -> BackboneSpec:
+def tiny_spec(family: str, kernel: Any = None, **settings: Any) -> BackboneSpec:
     """Return the settings of a tiny model; `kernel` defaults to the fastest that the family has."""
     if kernel is None:
         kernel = "eager" if family == "gemma2" else "sdpa"
@@ -89,7 +89,7 @@ def tiny_spec(family: str, kernel: str | None = None, **settings: Any) -> Backbo
 def tiny_backbone(
     family: str, kernel: str | None = None, *, seed: int = 0, **settings: Any
 ) -> Backbone:
-    """Return a tiny model with weights four times the usual, so that prompts and layers visibly matter."""
+    """Return a tiny model with weights four times the usual, so that prompts matter visibly."""
     backbone = load_backbone(tiny_spec(family, kernel, **settings), seed=seed)
     with torch.no_grad():
         for parameter in backbone.parameters():

@@ -1,4 +1,4 @@
-"""The auxiliary model: how it is derived from the backbone, and exactly what of it is trained, kept and handed out.
+"""The auxiliary model: derived from the backbone; what of it is trained, kept and handed out.
 
 It is built without copying the global model; nothing is trained here.
 
@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from fedsp.backbone import Backbone
+from fedsp.pretrained import text_option
 
 
 class Auxiliary(nn.Module):
@@ -30,7 +31,7 @@ class Auxiliary(nn.Module):
         """Take what `AuxiliaryRecipe.build` made.
 
         Args:
-            backbone: The auxiliary's model; what is its own requires a gradient, what it shares does not.
+            backbone: The auxiliary's model; its own parameters require a gradient, no others.
             layer_map: Global layer of each of its layers.
             global_num_parameters: Size of the global model, for `summary`.
         """
@@ -38,13 +39,13 @@ class Auxiliary(nn.Module):
         self.backbone = backbone
         self.layer_map = tuple(layer_map)
         self._global_num_parameters = global_num_parameters
-        # By name, so that a stage may switch gradients off without changing what belongs to the model.
+        # By name, so that a stage may switch gradients off without changing what is trainable.
         self._trainable_names = tuple(
             name for name, p in backbone.model.named_parameters() if p.requires_grad
         )
 
     def trainable(self) -> dict[str, nn.Parameter]:
-        """Return the parameters of its own, each under one name: the cell, the norm and what sits beside it."""
+        """Return the model's own parameters, each under one name that never changes."""
         parameters = dict(self.backbone.model.named_parameters())
         return {name: parameters[name] for name in self._trainable_names}
 
@@ -68,21 +69,21 @@ class Auxiliary(nn.Module):
         own = self.trainable()
         if own.keys() != state.keys():
             raise ValueError(
-                "the state of an auxiliary model must hold its trained parameters: lacking "
-                f"{sorted(own.keys() - state.keys())[:5]}, foreign {sorted(state.keys() - own.keys())[:5]}. "
-                "It was made by another model or another `model.auxiliary`."
+                "the state of an auxiliary model must hold its trainable parameters, got one that "
+                f"lacks {sorted(own.keys() - state.keys())[:5]} and has in excess "
+                f"{sorted(state.keys() - own.keys())[:5]}. Load one of the same `model.auxiliary`."
             )
         for name, parameter in own.items():
             if (state[name].shape, state[name].dtype) != (parameter.shape, parameter.dtype):
                 raise ValueError(
-                    f"{name!r} of an auxiliary model must be {list(parameter.shape)} {parameter.dtype}, got "
-                    f"{list(state[name].shape)} {state[name].dtype}."
+                    f"{name!r} of the auxiliary model must be {list(parameter.shape)} "
+                    f"{parameter.dtype}, got {list(state[name].shape)} {state[name].dtype}."
                 )
         for name, parameter in own.items():
             parameter.copy_(state[name])
 
     def handout(self) -> dict[str, Tensor]:
-        """Return all that a client needs to run it: its own parameters, embeddings and head, each once.
+        """Return all that a client needs: its own parameters, embeddings and head, each once.
 
         Returns:
             Contiguous CPU tensors by name; those of `trainable()` under the same names.
@@ -93,20 +94,20 @@ class Auxiliary(nn.Module):
         }
 
     def num_parameters(self) -> int:
-        """Return the number of parameters; what several layers or embedding and head share counts once."""
+        """Return the number of parameters; shared ones count once."""
         return sum(p.numel() for p in self.backbone.model.parameters())
 
     def summary(self) -> dict[str, int | float]:
         """Return where the parameters are.
 
         Returns:
-            "num_layers", the numbers of parameters in "embeddings", "cell", "norm" (all outside the layers),
-            "head" (0 if it is the embedding), "total" and "trainable", and "share_of_global", total divided by
-            the global model's.
+            "num_layers"; the numbers of parameters in "embeddings", "cell", "norm" (with anything
+            else outside the layers), "head" (0 if it is the embedding), "total" and "trainable";
+            "share_of_global", the total divided by that of the global model.
         """
         embeddings = _embeddings(self.backbone)
         cell = set(self.backbone.layers.parameters())
-        head = set(_head(self.backbone).parameters()) - embeddings
+        head = _head(self.backbone) - embeddings
         rest = set(self.backbone.model.parameters()) - embeddings - cell - head
         total = self.num_parameters()
         return {
@@ -128,8 +129,8 @@ class AuxiliaryRecipe(ABC):
         """Keep what all recipes share.
 
         Args:
-            train_embeddings: Whether the auxiliary model gets copies of embeddings and head of its own and trains
-                them; otherwise it shares the global model's, frozen.
+            train_embeddings: Whether it has embeddings and a head of its own and trains them;
+                otherwise it shares the global model's, frozen.
         """
         self.train_embeddings = train_embeddings
 
@@ -162,9 +163,7 @@ class AuxiliaryRecipe(ABC):
         """
         num_layers = len(backbone.layers)
         sources, slots = self.sources(num_layers), self.slots(num_layers)
-        shared = (
-            set() if self.train_embeddings else _embeddings(backbone) | _head_parameters(backbone)
-        )
+        shared = set() if self.train_embeddings else _embeddings(backbone) | _head(backbone)
         size = _count(backbone.model.parameters())
         return Auxiliary(_derive(backbone, sources, shared), slots, size)
 
@@ -181,7 +180,8 @@ class SharedCell(AuxiliaryRecipe):
         Args:
             start: First layer of the cell, 0-based.
             cell_size: Number of layers in the cell; it must divide the model's number of layers.
-            train_embeddings: Whether embeddings and head are copied and trained; otherwise they are shared, frozen.
+            train_embeddings: Whether embeddings and head are copied and trained; otherwise they
+                are the global model's, frozen.
 
         Raises:
             ValueError: If a number is out of range.
@@ -199,13 +199,14 @@ class SharedCell(AuxiliaryRecipe):
         if num_layers % self.cell_size:
             divisors = [size for size in range(1, num_layers + 1) if num_layers % size == 0]
             raise ValueError(
-                f"`model.auxiliary.cell_size` must divide the {num_layers} layers of the global model, got "
-                f"{self.cell_size}. Choose one of {divisors}."
+                f"`model.auxiliary.cell_size` must divide the global model's {num_layers} layers, "
+                f"got {self.cell_size}. Choose one of {divisors}."
             )
         if self.start + self.cell_size > num_layers:
             raise ValueError(
-                f"`model.auxiliary.start` + `model.auxiliary.cell_size` must be at most {num_layers}, the layers of "
-                f"the global model, got {self.start} + {self.cell_size}. Lower `model.auxiliary.start`."
+                "`model.auxiliary.start` + `model.auxiliary.cell_size` must be at most the global "
+                f"model's {num_layers} layers, got {self.start} + {self.cell_size}. Lower "
+                "`model.auxiliary.start`."
             )
         return [self.start + index % self.cell_size for index in range(num_layers)]
 
@@ -230,21 +231,25 @@ class KeptLayers(AuxiliaryRecipe):
 
         Args:
             layers: 0-based layers to keep, in rising order; null chooses `num_layers` of them.
-            num_layers: How many layers to keep, evenly spaced from first to last; null where `layers` is given.
-            train_embeddings: Whether embeddings and head are copied and trained; otherwise they are shared, frozen.
+            num_layers: How many layers to keep, evenly spaced from the first to the last; null
+                where `layers` is given.
+            train_embeddings: Whether embeddings and head are copied and trained; otherwise they
+                are the global model's, frozen.
 
         Raises:
-            ValueError: If not exactly one of `layers` and `num_layers` is given, or it makes no sense.
+            ValueError: If not exactly one of `layers` and `num_layers` is given, or it is out of
+                range.
         """
         super().__init__(train_embeddings)
         if (layers is None) == (num_layers is None):
             raise ValueError(
-                "exactly one of `model.auxiliary.layers` and `model.auxiliary.num_layers` must be given, got "
-                f"{layers} and {num_layers}."
+                "exactly one of `model.auxiliary.layers` and `model.auxiliary.num_layers` must be "
+                f"given, got {layers} and {num_layers}."
             )
         if layers is not None and (not layers or list(layers) != sorted(set(layers))):
             raise ValueError(
-                f"`model.auxiliary.layers` must name at least one layer, each once and in rising order, got {layers}."
+                "`model.auxiliary.layers` must name at least one layer, each once and in rising "
+                f"order, got {layers}."
             )
         if num_layers is not None and num_layers < 1:
             raise ValueError(f"`model.auxiliary.num_layers` must be at least 1, got {num_layers}.")
@@ -256,15 +261,15 @@ class KeptLayers(AuxiliaryRecipe):
         if self.layers is not None:
             if self.layers[0] < 0 or self.layers[-1] >= num_layers:
                 raise ValueError(
-                    f"`model.auxiliary.layers` must stay in [0, {num_layers - 1}], the layers of the global model, "
-                    f"got {self.layers}."
+                    f"`model.auxiliary.layers` must be in [0, {num_layers - 1}], as the global "
+                    f"model has {num_layers} layers, got {self.layers}."
                 )
             return list(self.layers)
         assert self.num_layers is not None
         if self.num_layers > num_layers:
             raise ValueError(
-                f"`model.auxiliary.num_layers` must be at most {num_layers}, the layers of the global model, got "
-                f"{self.num_layers}."
+                f"`model.auxiliary.num_layers` must be at most the global model's {num_layers} "
+                f"layers, got {self.num_layers}."
             )
         gaps = max(self.num_layers - 1, 1)
         return [index * (num_layers - 1) // gaps for index in range(self.num_layers)]
@@ -277,23 +282,22 @@ class KeptLayers(AuxiliaryRecipe):
 def _derive(
     backbone: Backbone, sources: Sequence[int], shared: Collection[nn.Parameter]
 ) -> Backbone:
-    """Build the model whose layer i is global layer `sources[i]`; a layer named twice is one set of parameters.
+    """Build the model whose layer i is global layer `sources[i]`.
 
-    Parameters in `shared` are the global model's own objects; all others are float32 copies. `deepcopy` takes what
-    its memo holds instead of copying it: the shared parameters, and the new list of layers in place of the old.
+    A layer named twice is one set of parameters. Parameters in `shared` are the global model's own
+    objects, all others are float32 copies: `deepcopy` takes what its memo holds instead of copying
+    it, which is the shared parameters, and the new list of layers in place of the old one.
     """
     memo: dict[int, Any] = {id(parameter): parameter for parameter in shared}
-    config = copy.deepcopy(backbone.model.config, memo)
-    text = config.get_text_config()
+    text = copy.deepcopy(backbone.model.config, memo).get_text_config()
     text.num_hidden_layers = len(sources)
-    kinds = dict(vars(text)).get("layer_types")
+    kinds = text_option(backbone.model, "layer_types")
     if kinds is not None:
         text.layer_types = [kinds[source] for source in sources]
-    cell = {
-        source: copy.deepcopy(backbone.layers[source], memo) for source in dict.fromkeys(sources)
-    }
+    layers = backbone.layers
+    cell = {source: copy.deepcopy(layers[source], memo) for source in dict.fromkeys(sources)}
     shells = [_shell(cell[source], index) for index, source in enumerate(sources)]
-    memo[id(backbone.layers)] = nn.ModuleList(shells)
+    memo[id(layers)] = nn.ModuleList(shells)
     model = copy.deepcopy(backbone.model, memo)
     for parameter in set(model.parameters()) - set(shared):
         parameter.data = parameter.data.float()
@@ -302,19 +306,20 @@ def _derive(
 
 
 def _shell(module: nn.Module, layer_idx: int) -> nn.Module:
-    """Return `module` under another layer index: the same parameters, but its own index and its own hooks.
+    """Return `module` under a layer index and with hooks of its own, its parameters shared.
 
-    One layer object in several places would write all its repetitions into one slot of the cache, and with
-    common hook tables each repetition's hooks would fire for all; see docs/footguns.md.
+    One layer object in several places would read one slot of the prompt for all of them, and in
+    common hook tables each place's hooks would fire for all; see docs/footguns.md#27 and #28.
     """
     shell = copy.copy(module)
     shell.__dict__ = dict(module.__dict__)
     for name, value in module.__dict__.items():
         if "hooks" in name and isinstance(value, dict):
             shell.__dict__[name] = copy.copy(value)
+    children: dict[str, nn.Module | None] = module.__dict__["_modules"]
     shell.__dict__["_modules"] = {
         name: _shell(child, layer_idx) if child is not None and _knows_index(child) else child
-        for name, child in module.named_children()
+        for name, child in children.items()
     }
     if "layer_idx" in shell.__dict__:
         shell.__dict__["layer_idx"] = layer_idx
@@ -328,18 +333,13 @@ def _knows_index(module: nn.Module) -> bool:
 def _embeddings(backbone: Backbone) -> set[nn.Parameter]:
     """Token and position embeddings: every embedding table outside the layers."""
     inside = set(backbone.layers.modules())
-    tables = [
-        m for m in backbone.decoder.modules() if isinstance(m, nn.Embedding) and m not in inside
-    ]
+    outside = [module for module in backbone.decoder.modules() if module not in inside]
+    tables = [module for module in outside if isinstance(module, nn.Embedding)]
     return {parameter for table in tables for parameter in table.parameters()}
 
 
-def _head(backbone: Backbone) -> nn.Module:
-    return backbone.model.get_output_embeddings()
-
-
-def _head_parameters(backbone: Backbone) -> set[nn.Parameter]:
-    return set(_head(backbone).parameters())
+def _head(backbone: Backbone) -> set[nn.Parameter]:
+    return set(backbone.model.get_output_embeddings().parameters())
 
 
 def _count(parameters: Any) -> int:

@@ -1,4 +1,4 @@
-"""The soft prompt: its parameters, its key/value form, its initialisers, its resizing between depths.
+"""The soft prompt: parameters, key/value form, initialisers, resizing between depths.
 
 No model is run here and neither Lightning nor transformers is known.
 
@@ -16,9 +16,9 @@ from torch import Tensor, nn
 class SoftPrompt(nn.Module):
     """P virtual tokens' keys and values at every layer, as trainable float32 parameters.
 
-    Only the key/value form travels, is averaged and is saved. With a reparameterisation the prompt is
-    `base + mlp(embedding) - origin`, where `origin` is the network's output when `base` was loaded: a
-    loaded prompt comes back bit for bit, and the network stays private to its owner.
+    Only the key/value form travels, is averaged and is saved. With a reparameterisation the prompt
+    is `base + (mlp(embedding) - origin)`, where `origin` is the network's output when `base` was
+    loaded: a loaded prompt comes back bit for bit, and the network stays private to its owner.
 
     Source: Li and Liang 2021, arXiv 2101.00190, section 4.3 (the reparameterisation).
     """
@@ -41,7 +41,7 @@ class SoftPrompt(nn.Module):
         Args:
             kv_shape: (L, K, D) of the model that will read the prompt.
             num_virtual_tokens: P, at least 0; 0 is the model without a prompt.
-            dropout: Probability in [0, 1) with which single entries of the prompt are dropped in training.
+            dropout: Probability in [0, 1) with which an entry of the prompt is dropped in training.
             reparameterization_size: Width of the two-layer tanh network that makes the prompt; None
                 trains the keys and values themselves.
             generator: Source of the network's first weights; None draws from torch's global stream.
@@ -92,7 +92,7 @@ class SoftPrompt(nn.Module):
         if tuple(prefix.shape) != self.shape:
             raise ValueError(
                 f"a soft prompt of shape [L, 2, K, P, D] = {list(self.shape)} was expected, got "
-                f"{list(prefix.shape)}. Load a prompt made for this model and this number of virtual tokens."
+                f"{list(prefix.shape)}. Load one made for this model and number of virtual tokens."
             )
         if self.network is None:
             self.values.copy_(prefix)
@@ -103,7 +103,7 @@ class SoftPrompt(nn.Module):
     def _dense(self) -> Tensor:
         if self.network is None:
             return self.values
-        # The difference is exactly zero until the network is trained, so nothing is lost by rounding.
+        # The difference is exactly zero until the network is trained: no rounding of `base`.
         return self.base + (self.network() - self.origin)
 
 
@@ -205,7 +205,7 @@ class ZerosInit(PromptInitializer):
 
 
 class TextInit(PromptInitializer):
-    """The model's own keys and values of real tokens: the prompt starts as a text the model has read."""
+    """Keys and values of real tokens: the prompt starts as a text that the model has read."""
 
     def __call__(
         self,
@@ -224,8 +224,8 @@ class TextInit(PromptInitializer):
             return torch.zeros(_prefix_shape(kv_shape, 0))
         if len(sample_ids) == 0:
             raise ValueError(
-                "TextInit needs at least one token of text to start the prompt from, got none. Give it a "
-                "text, or choose NormalInit or ZerosInit."
+                "TextInit needs at least one token of text to start the prompt from, got none. "
+                "Give it a text, or choose NormalInit or ZerosInit."
             )
         ids = [sample_ids[i % len(sample_ids)] for i in range(num_virtual_tokens)]
         return keys_values(torch.tensor([ids], dtype=torch.long)).float()
@@ -283,7 +283,8 @@ def _prefix_shape(
 def _check_layer_map(layer_map: Sequence[int], num_layers: int) -> None:
     if any(not 0 <= layer < num_layers for layer in layer_map):
         raise ValueError(
-            f"a layer map must stay in [0, {num_layers - 1}] for {num_layers} layers, got {list(layer_map)}."
+            f"a layer map must stay in [0, {num_layers - 1}] for {num_layers} layers, got "
+            f"{list(layer_map)}."
         )
 
 
@@ -293,7 +294,7 @@ def _check_sizes(
     dropout: float,
     reparameterization_size: int | None,
 ) -> None:
-    if len(kv_shape) != 3 or min(kv_shape) < 1:
+    if min(kv_shape) < 1:
         raise ValueError(f"`kv_shape` must be three positive sizes (L, K, D), got {kv_shape}.")
     if num_virtual_tokens < 0:
         raise ValueError(f"`num_virtual_tokens` must be at least 0, got {num_virtual_tokens}.")
@@ -301,5 +302,6 @@ def _check_sizes(
         raise ValueError(f"`dropout` of the soft prompt must be in [0, 1), got {dropout}.")
     if reparameterization_size is not None and reparameterization_size < 1:
         raise ValueError(
-            f"`reparameterization_size` must be at least 1, or null for none, got {reparameterization_size}."
+            "`reparameterization_size` must be at least 1, or null for none, got "
+            f"{reparameterization_size}."
         )

@@ -1,0 +1,203 @@
+"""Causal language models and tokenizers: named, found, loaded and described; not run."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal, NamedTuple
+
+import torch
+from safetensors import SafetensorError
+from torch import nn
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
+
+ASSETS = Path(__file__).parent / "assets"
+SCHEME = "fedsp://"
+NAME_OPTION = "model.backbone.name_or_path"
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+
+class KVShape(NamedTuple):
+    """Sizes (L, K, D) of the keys and values that a model keeps."""
+
+    num_layers: int
+    num_kv_heads: int
+    head_dim: int
+
+
+@dataclass(frozen=True)
+class BackboneSpec:
+    """Which global model is used, and how it is run."""
+
+    name_or_path: str = "fedsp://docstring-nano"
+    """Folder with `config.json`, hub id, or `fedsp://NAME` for a model that comes with fedsp."""
+    config: dict[str, Any] | None = None
+    """Random weights of this transformers config, with its `model_type`; null loads weights."""
+    tokenizer: str | None = None
+    """Folder or hub id of the tokenizer; null takes that of `name_or_path`."""
+    dtype: Literal["float32", "bfloat16", "float16"] = "float32"
+    """Number format of the frozen weights; the soft prompt is always float32."""
+    attn_implementation: Literal["sdpa", "eager"] = "sdpa"
+    """Attention kernel; Gemma 2 needs `eager`."""
+    position_offset: int | None = None
+    """Position of the first text token; null: after the P virtual tokens, 0: the paper's code."""
+    gradient_checkpointing: bool = False
+    """Recompute each layer in the backward pass: less memory, about a third more time."""
+
+
+def resolve(
+    name_or_path: str, *, option: str = NAME_OPTION, files: tuple[str, ...] = ("config.json",)
+) -> str:
+    """Turn what the user typed into a folder or a hub id; what looks local never goes to the hub.
+
+    Args:
+        name_or_path: Folder, hub id or `fedsp://NAME`.
+        option: Name of the setting, for error messages.
+        files: A folder must hold one of these.
+
+    Returns:
+        Path of an existing folder, or a hub id.
+
+    Raises:
+        ValueError: If a folder is named that does not exist or holds none of `files`.
+    """
+    error = f"`{option}` must be a folder, a hub id or {SCHEME}NAME, got {name_or_path!r}: "
+    if name_or_path.startswith(SCHEME):
+        known = sorted(path.name for path in ASSETS.glob("*") if path.is_dir())
+        if name_or_path.removeprefix(SCHEME) not in known:
+            names = ", ".join(SCHEME + name for name in known) or "no model"
+            raise ValueError(f"{error}with this installation comes {names}.")
+        folder = ASSETS / name_or_path.removeprefix(SCHEME)
+    elif _looks_local(name_or_path):
+        folder = Path(name_or_path).expanduser()
+    else:
+        return name_or_path
+    if not folder.is_dir():
+        raise ValueError(f"{error}there is no folder {folder}.")
+    if not any((folder / file).is_file() for file in files):
+        raise ValueError(f"{error}the folder {folder} holds no {' or '.join(files)}.")
+    return str(folder)
+
+
+def load_tokenizer(spec: BackboneSpec) -> PreTrainedTokenizerBase:
+    """Load the tokenizer; one without a pad token pads with its end-of-text token.
+
+    Args:
+        spec: Names the tokenizer, or the model it comes with.
+
+    Returns:
+        The tokenizer, with a pad token. Only the attention mask says which tokens count.
+
+    Raises:
+        ValueError: If there is no such tokenizer, or it has neither of the two tokens.
+    """
+    option = NAME_OPTION if spec.tokenizer is None else "model.backbone.tokenizer"
+    name = spec.name_or_path if spec.tokenizer is None else spec.tokenizer
+    source = resolve(name, option=option, files=("tokenizer.json", "tokenizer_config.json"))
+    with _loading(option, name):
+        tokenizer = AutoTokenizer.from_pretrained(source, local_files_only=Path(source).is_dir())
+    if tokenizer.pad_token is None:
+        if tokenizer.eos_token is None:
+            raise ValueError(
+                f"`{option}` must name a tokenizer with a pad or an end-of-text token, {name!r} "
+                "has neither. Set one of them in its tokenizer_config.json."
+            )
+        tokenizer.pad_token = tokenizer.eos_token
+    return tokenizer
+
+
+def load_model(spec: BackboneSpec) -> PreTrainedModel:
+    """Load the model, or draw random weights from torch's global stream where `spec.config` is set.
+
+    Raises:
+        ValueError: If there is no such model or its weights are incomplete.
+    """
+    settings = {"dtype": DTYPES[spec.dtype], "attn_implementation": spec.attn_implementation}
+    if spec.config is not None:
+        options = dict(spec.config)
+        kind = options.pop("model_type", None)
+        if kind is None:
+            raise ValueError(
+                "`model.backbone.config` must hold `model_type` (such as gpt2 or llama), got only "
+                f"{sorted(options)}."
+            )
+        with _loading("model.backbone.config", kind):
+            config = AutoConfig.for_model(kind, **options)
+            return AutoModelForCausalLM.from_config(config, **settings)
+    source = resolve(spec.name_or_path)
+    with _loading(NAME_OPTION, spec.name_or_path):
+        loaded: Any = AutoModelForCausalLM.from_pretrained(
+            source,
+            local_files_only=Path(source).is_dir(),
+            output_loading_info=True,
+            **settings,
+        )
+    model, report = loaded
+    if report["missing_keys"]:
+        raise ValueError(
+            f"`{NAME_OPTION}` must hold all weights (transformers would draw others at random), "
+            f"{spec.name_or_path!r} lacks {', '.join(sorted(report['missing_keys'])[:5])}."
+        )
+    return model
+
+
+def describe(model: PreTrainedModel) -> KVShape:
+    """Read the sizes of the keys and values from the configuration.
+
+    Raises:
+        ValueError: If the model has no head, or layers of a kind that keeps other things.
+    """
+    kinds = set(text_option(model, "layer_types") or ()) - {"full_attention", "sliding_attention"}
+    if kinds or model.get_output_embeddings() is None:
+        reason = f"layers of kind {sorted(kinds)}" if kinds else "no output embedding"
+        raise ValueError(
+            f"`{NAME_OPTION}` must be a causal language model with full or sliding attention in "
+            f"every layer, got model type {model.config.model_type!r} with {reason}."
+        )
+    heads = text_option(model, "num_attention_heads")
+    head_dim = text_option(model, "head_dim") or text_option(model, "hidden_size") // heads
+    num_kv_heads = text_option(model, "num_key_value_heads") or heads
+    return KVShape(len(find_layers(model)), num_kv_heads, head_dim)
+
+
+def find_layers(model: PreTrainedModel) -> nn.ModuleList:
+    """Return the list of the L decoder layers.
+
+    Raises:
+        ValueError: If the decoder has no such list.
+    """
+    num_layers = text_option(model, "num_hidden_layers")
+    for child in model.get_decoder().children():
+        if isinstance(child, nn.ModuleList) and len(child) == num_layers:
+            return child
+    raise ValueError(
+        f"`{NAME_OPTION}` must be a decoder-only model with its layers in one list, got model type "
+        f"{model.config.model_type!r}."
+    )
+
+
+def text_option(model: PreTrainedModel, name: str) -> Any:
+    """Return one setting of the language part's configuration, None where it has none."""
+    return getattr(model.config.get_text_config(), name, None)
+
+
+@contextmanager
+def _loading(option: str, name: str) -> Iterator[None]:
+    """Turn what transformers says about a missing or foreign folder into one error."""
+    try:
+        yield
+    except (OSError, ValueError, SafetensorError) as error:
+        raise ValueError(f"`{option}`: {name!r} could not be loaded: {error}") from error
+
+
+def _looks_local(name: str) -> bool:
+    path = Path(name).expanduser()
+    parts = name.split("/")
+    is_hub_id = len(parts) <= 2 and all(parts) and not name.startswith((".", "~"))
+    return path.exists() or path.is_absolute() or not is_hub_id
