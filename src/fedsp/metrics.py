@@ -1,0 +1,83 @@
+"""Metrics of an evaluation, as torchmetrics so that they add up over batches and processes.
+
+Axes: R rows (one per choice of a question), Q questions of the batch.
+"""
+
+import torch
+from torch import Tensor
+from torchmetrics import Metric
+
+
+class TokenLoss(Metric):
+    """Mean negative log-likelihood of the label tokens, in nats a token, whatever the batch's make-up."""
+
+    full_state_update = False
+
+    def __init__(self) -> None:
+        """Start at zero."""
+        super().__init__()
+        self.loss_sum: Tensor
+        self.num_tokens: Tensor
+        self.add_state("loss_sum", torch.zeros((), dtype=torch.float64), dist_reduce_fx="sum")
+        self.add_state("num_tokens", torch.zeros((), dtype=torch.int64), dist_reduce_fx="sum")
+
+    def update(self, token_losses: Tensor) -> None:
+        """Add the tokens of a batch.
+
+        Args:
+            token_losses: [N] Negative log-likelihoods in nats.
+        """
+        self.loss_sum += token_losses.sum(dtype=torch.float64)
+        self.num_tokens += token_losses.numel()
+
+    def compute(self) -> Tensor:
+        """Return the mean; NaN without tokens."""
+        return self.loss_sum / self.num_tokens
+
+
+class ChoiceAccuracy(Metric):
+    """Share of questions whose right choice has the highest score."""
+
+    full_state_update = False
+
+    def __init__(self, *, normalize: bool = False) -> None:
+        """Choose the score.
+
+        Args:
+            normalize: Divide each choice's log-likelihood by its number of characters (lm-eval's `acc_norm`).
+        """
+        super().__init__()
+        self.normalize = normalize
+        self.num_right: Tensor
+        self.num_questions: Tensor
+        self.add_state("num_right", torch.zeros((), dtype=torch.int64), dist_reduce_fx="sum")
+        self.add_state("num_questions", torch.zeros((), dtype=torch.int64), dist_reduce_fx="sum")
+
+    def update(
+        self, log_likelihood: Tensor, question: Tensor, is_answer: Tensor, num_chars: Tensor
+    ) -> None:
+        """Add the questions of a batch.
+
+        Args:
+            log_likelihood: [R] Sum over each choice's tokens, in nats.
+            question: [R] int64 Which question a row belongs to, 0 to Q - 1 without gaps.
+            is_answer: [R] bool, True for the right choice; one a question.
+            num_chars: [R] Characters of each choice's text, above 0.
+        """
+        score = log_likelihood.double()
+        if self.normalize:
+            score = score / num_chars
+        num_rows, num_questions = score.numel(), int(question.max()) + 1
+        best = score.new_full((num_questions,), -torch.inf)
+        best = best.scatter_reduce(0, question, score, "amax")
+        # of equal scores the first choice counts, as argmax has it: a model that cannot tell must not be right
+        rows = torch.arange(num_rows, device=score.device)
+        rows = rows.masked_fill(score != best[question], num_rows - 1)
+        first = rows.new_full((num_questions,), num_rows - 1)
+        first = first.scatter_reduce(0, question, rows, "amin")
+        self.num_right += is_answer[first].sum()
+        self.num_questions += num_questions
+
+    def compute(self) -> Tensor:
+        """Return the accuracy in [0, 1]; NaN without questions."""
+        return self.num_right / self.num_questions
