@@ -1,0 +1,58 @@
+"""Who takes part in a round: a pure function of seed and round, so that every process agrees unasked."""
+
+from abc import ABC, abstractmethod
+
+import torch
+
+from fedsp.seeding import stream
+
+
+class ClientSampler(ABC):
+    """Chooses the cohort of a round."""
+
+    @abstractmethod
+    def cohort(self, num_clients: int, *, seed: int, round_idx: int) -> list[int]:
+        """Return the clients of a round.
+
+        Args:
+            num_clients: Clients in the population.
+            seed: The run's seed.
+            round_idx: 0-based communication round.
+
+        Returns:
+            Distinct client ids in ascending order.
+        """
+
+
+class UniformSampler(ClientSampler):
+    """Draws clients uniformly without replacement."""
+
+    def __init__(self, clients_per_round: int | None = None) -> None:
+        """Set the size of the cohort.
+
+        Args:
+            clients_per_round: Clients of a round; null takes all of them, 0 none (the server trains alone).
+
+        Raises:
+            ValueError: If the number is negative.
+        """
+        if clients_per_round is not None and clients_per_round < 0:
+            raise ValueError(
+                f"`trainer.sampler.clients_per_round` must be at least 0, got {clients_per_round}."
+            )
+        self.clients_per_round = clients_per_round
+
+    def cohort(self, num_clients: int, *, seed: int, round_idx: int) -> list[int]:
+        """Return the clients of a round; see `ClientSampler.cohort`.
+
+        Raises:
+            ValueError: If more clients are wanted than there are.
+        """
+        size = num_clients if self.clients_per_round is None else self.clients_per_round
+        if size > num_clients:
+            raise ValueError(
+                f"`trainer.sampler.clients_per_round` must be in [0, num_clients={num_clients}], got {size}. "
+                "Lower it or raise `data.partitioner.num_clients`."
+            )
+        generator = stream(seed, "cohort", round_idx=round_idx)
+        return sorted(torch.randperm(num_clients, generator=generator)[:size].tolist())
