@@ -5,9 +5,7 @@ Rounds, cohorts and models are unknown here.
 """
 
 import os
-import warnings
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
 from functools import partial
 from itertools import chain
 from pathlib import Path
@@ -23,38 +21,17 @@ from transformers import PreTrainedTokenizerBase
 from fedsp.backbone import BackboneSpec, load_tokenizer, resolve
 from fedsp.batching import Batching, StepBatches, eval_batches
 from fedsp.collate import collate, collate_choices, collate_prompts
-from fedsp.examples import Example
+from fedsp.examples import TokenStore
 from fedsp.partition import Partitioner, carve
+from fedsp.portions import Limit, Portion, check_filled, fit_portion, warn_of_losses
 from fedsp.sources import DataSource, content_hash
 from fedsp.tasks import Task, leading_ids, tokenizer_hash
-from fedsp.token_cache import TokenStore, load_or_build
+from fedsp.token_cache import load_or_build
 
 Split = DataSource | int | float | None
 # The order in which rows are carved out: a split is the same whatever comes after it.
 _SPLITS = ("test", "selection", "server", "public")
-_ENCODED_AT_ONCE = 1000
 _DEFAULT_BATCHING = Batching()
-
-
-@dataclass(frozen=True)
-class _Portion:
-    """One owner's examples, ready to be batched.
-
-    Args:
-        store: The examples as they are trained on or scored.
-        rows: Row of each example in `dataset`; None where examples were regrouped.
-        num_cut: Examples whose prompt was cut.
-        num_left_out: Examples that could not be used.
-        origin: The whole source's examples, neither cut nor regrouped.
-        origin_rows: Those of them that this owner has.
-    """
-
-    store: TokenStore
-    rows: list[int] | None
-    num_cut: int
-    num_left_out: int
-    origin: TokenStore
-    origin_rows: list[int]
 
 
 class FederatedDataModule(LightningDataModule):
@@ -111,8 +88,8 @@ class FederatedDataModule(LightningDataModule):
         self.client_names: list[str] = []
         self._tokenizer: PreTrainedTokenizerBase | None = None
         self._datasets: dict[str, Dataset] = {}
-        self._portions: dict[str, _Portion] = {}
-        self._clients: list[_Portion] = []
+        self._portions: dict[str, Portion] = {}
+        self._clients: list[Portion] = []
         self._is_set_up = False
 
     # --- preparation ------------------------------------------------------------------------------
@@ -165,22 +142,28 @@ class FederatedDataModule(LightningDataModule):
         rest = source.select(left)
         parts = [[left[row] for row in part] for part in self.partitioner(rest, self.seed)]
         self.client_names = self.partitioner.names(rest)
-        stored = self._encode("clients", source)
+        self._fill(self._encode("clients", source), carved, parts)
+        self._is_set_up = True
+
+    def _fill(
+        self, stored: TokenStore, carved: dict[str, list[int]], parts: list[list[int]]
+    ) -> None:
         for name in _SPLITS:
             if name in carved:
-                self._portions[name] = self._carved_portion(name, stored, carved[name])
+                portion = self._carved_portion(name, stored, carved[name])
             elif name in self._datasets:
                 own = self._encode(name, self._datasets[name])
-                self._portions[name] = self._portion(name, own, list(range(len(own))))
+                portion = self._portion(name, own, list(range(len(own))))
             else:
                 continue
-            self._warn(name, [self._portions[name]])
-            self._check_filled(f"`data.{name}`", self._portions[name])
+            warn_of_losses(f"data.{name}", [portion], self.max_tokens)
+            check_filled(f"`data.{name}`", portion, self.max_tokens)
+            self._portions[name] = portion
         self._clients = [self._portion("clients", stored, part) for part in parts]
-        self._warn("clients", self._clients)
+        warn_of_losses("data.clients", self._clients, self.max_tokens)
         for client_name, portion in zip(self.client_names, self._clients, strict=True):
-            self._check_filled(f"Client {client_name!r} of `data.clients`", portion)
-        self._is_set_up = True
+            owner = f"Client {client_name!r} of `data.clients`"
+            check_filled(owner, portion, self.max_tokens)
 
     def _read(self) -> None:
         roles = {"clients": self.clients, **self.splits}
@@ -195,70 +178,26 @@ class FederatedDataModule(LightningDataModule):
         task = self.public_task if role == "public" else self.task
         key = f"{content_hash(dataset)}/{task!r}/{tokenizer_hash(self.tokenizer)}"
         try:
-            return load_or_build(self.cache_dir, key, lambda: self._examples(dataset, task))
+            return load_or_build(
+                self.cache_dir, key, lambda: task.encode_all(dataset, self.tokenizer)
+            )
         except ValueError as error:
             text = str(error)
             if role == "public" and self.public_task is not self.task:
                 text = text.replace("`data.task.", "`data.public_task.")
             raise ValueError(f"`data.{role}`: {text}") from error
 
-    def _examples(self, dataset: Dataset, task: Task) -> Iterator[Example]:
-        first_row = 0
-        for columns in dataset.iter(batch_size=_ENCODED_AT_ONCE):
-            names, values = list(columns), zip(*columns.values(), strict=True)
-            rows = [dict(zip(names, row, strict=True)) for row in values]
-            yield from task.encode(rows, self.tokenizer, first_row=first_row)
-            first_row += len(rows)
-
-    def _carved_portion(self, name: str, stored: TokenStore, rows: list[int]) -> _Portion:
+    def _carved_portion(self, name: str, stored: TokenStore, rows: list[int]) -> Portion:
         if name == "public" and self.public_task is not self.task:
             stored = self._encode(name, self._datasets["clients"].select(rows))
             rows = list(range(len(rows)))
         return self._portion(name, stored, rows)
 
-    def _portion(self, name: str, stored: TokenStore, rows: list[int]) -> _Portion:
+    def _portion(self, name: str, stored: TokenStore, rows: list[int]) -> Portion:
         task = self.public_task if name == "public" else self.task
         examples, origins = task.pack([stored[row] for row in rows], self.max_tokens)
-        num_leading = len(leading_ids(self.tokenizer))
-        fitted = [example.fit(self.max_tokens, num_leading=num_leading) for example in examples]
-        kept = [
-            (idx, example)
-            for idx, example in enumerate(fitted)
-            if example is not None and example.is_predictable
-        ]
-        return _Portion(
-            store=TokenStore.pack(example for _, example in kept),
-            rows=None if origins is None else [rows[origins[idx]] for idx, _ in kept],
-            num_cut=sum(example is not examples[idx] for idx, example in kept),
-            num_left_out=len(examples) - len(kept),
-            origin=stored,
-            origin_rows=rows,
-        )
-
-    def _warn(self, name: str, portions: list[_Portion]) -> None:
-        total = sum(len(portion.store) + portion.num_left_out for portion in portions)
-        if num_cut := sum(portion.num_cut for portion in portions):
-            warnings.warn(
-                f"`data.{name}`: {num_cut} of {total} examples are longer than `data.max_tokens`="
-                f"{self.max_tokens}; their prompts are cut on the left. Raise it, or shorten the "
-                "prompt.",
-                stacklevel=3,
-            )
-        if num_left_out := sum(portion.num_left_out for portion in portions):
-            warnings.warn(
-                f"`data.{name}`: {num_left_out} of {total} examples are left out, since their "
-                f"completion is empty or does not fit in `data.max_tokens`={self.max_tokens} with "
-                "any of its prompt. Raise it, or shorten the completions.",
-                stacklevel=3,
-            )
-
-    def _check_filled(self, owner: str, portion: _Portion) -> None:
-        if not len(portion.store):
-            raise ValueError(
-                f"{owner} has no example that can be used: {portion.num_left_out} of "
-                f"{portion.num_left_out} are left out. Raise `data.max_tokens`={self.max_tokens} "
-                "or bring other data."
-            )
+        limit = Limit(self.max_tokens, num_leading=len(leading_ids(self.tokenizer)))
+        return fit_portion(examples, origins, limit, origin=stored, origin_rows=rows)
 
     # --- what there is ----------------------------------------------------------------------------
 
@@ -297,35 +236,27 @@ class FederatedDataModule(LightningDataModule):
         """Return the number of a client's training examples."""
         return len(self._client(client_id).store)
 
-    @property
-    def has_server(self) -> bool:
-        """Whether the server has data of its own."""
-        return self.splits["server"] is not None
+    def num_examples(self, split: str) -> int:
+        """Return the number of examples of a split, 0 where there is no such split.
 
-    @property
-    def has_public(self) -> bool:
-        """Whether there is public data."""
-        return self.splits["public"] is not None
+        Args:
+            split: `server`, `public`, `selection` or `test`.
+        """
+        self._require_setup()
+        return len(self._portions[split].store) if split in self._portions else 0
 
-    @property
-    def has_selection(self) -> bool:
-        """Whether there is data that chooses the best round."""
-        return self.splits["selection"] is not None
+    def fingerprint(self, split: str) -> str:
+        """Return a hash of a split's token ids, for artefacts that depend on them.
 
-    @property
-    def has_test(self) -> bool:
-        """Whether there is data to score at the end."""
-        return self.splits["test"] is not None
-
-    def public_fingerprint(self) -> str:
-        """Return a hash of the public data's token ids, for artefacts that depend on them."""
-        return self._existing("public").store.digest()
+        Args:
+            split: `server`, `public`, `selection` or `test`; it must exist.
+        """
+        return self._existing(split).store.digest()
 
     def describe(self) -> dict[str, Any]:
         """Return the number of examples of every split and client, and of those cut or left out."""
         self._require_setup()
-        counts: dict[str, Any] = dict.fromkeys(_SPLITS, 0)
-        counts |= {name: len(portion.store) for name, portion in self._portions.items()}
+        counts: dict[str, Any] = {name: self.num_examples(name) for name in _SPLITS}
         sizes = [len(portion.store) for portion in self._clients]
         counts["clients"] = dict(zip(self.client_names, sizes, strict=True))
         owners = {"clients": self._clients, **{name: [p] for name, p in self._portions.items()}}
@@ -350,43 +281,30 @@ class FederatedDataModule(LightningDataModule):
         self._require_setup()
         for name in ("server", "public", "selection"):
             if name in self._portions:
-                ids: list[int] = []
-                for example in self._portions[name].store:
-                    if len(ids) >= num_tokens:
-                        break
-                    ids += example.prompt_ids + example.completions[example.answer]
-                return ids[:num_tokens]
+                return self._portions[name].store.head(num_tokens)
         raise ValueError(
             "A prompt that is initialised from text needs `data.server`, `data.public` or "
             "`data.selection`; all are null. Give one, or choose another initialisation."
         )
 
     def public_overlap(self) -> int:
-        """Return how many public examples have the text, token by token, of some client's "
-        "example.
-        """
+        """Return how many public examples have the same tokens as some client's example."""
         self._require_setup()
-        if not self.has_public:
+        if "public" not in self._portions:
             return 0
-        owned = {text for portion in self._clients for text in self._texts(portion)}
-        return sum(text in owned for text in self._texts(self._portions["public"]))
+        marks = {self.tokenizer.bos_token_id, self.tokenizer.eos_token_id}
+        owned = {text for portion in self._clients for text in portion.texts(marks)}
+        return sum(text in owned for text in self._portions["public"].texts(marks))
 
     def raw_row(self, row_idx: int) -> dict[str, Any]:
         """Return the fields of a row of the test split by the `row` of a predict batch."""
         return dict(self._datasets["test" if "test" in self._datasets else "clients"][row_idx])
 
-    def _texts(self, portion: _Portion) -> Iterator[tuple[int, ...]]:
-        marks = {self.tokenizer.bos_token_id, self.tokenizer.eos_token_id}
-        for row in portion.origin_rows:
-            example = portion.origin[row]
-            ids = example.prompt_ids + example.completions[example.answer]
-            yield tuple(token for token in ids if token not in marks)
-
     def _require_setup(self) -> None:
         if not self._is_set_up:
             raise RuntimeError("The data is not read yet: call `setup` first.")
 
-    def _existing(self, name: str) -> _Portion:
+    def _existing(self, name: str) -> Portion:
         self._require_setup()
         if name not in self._portions:
             raise ValueError(
@@ -395,7 +313,7 @@ class FederatedDataModule(LightningDataModule):
             )
         return self._portions[name]
 
-    def _client(self, client_id: int) -> _Portion:
+    def _client(self, client_id: int) -> Portion:
         self._require_setup()
         if not 0 <= client_id < len(self._clients):
             raise ValueError(f"A client id must be in [0, {len(self._clients)}), got {client_id}.")
@@ -417,9 +335,7 @@ class FederatedDataModule(LightningDataModule):
         return self._train_loader(store, "client", client_id, start_step, num_steps)
 
     def server_dataloader(self, *, start_step: int, num_steps: int) -> DataLoader[Any]:
-        """Return the batches of some steps of the server's endless stream; see "
-        "`client_dataloader`.
-        """
+        """Return batches of the server's endless stream; see `client_dataloader`."""
         return self._train_loader(
             self._existing("server").store, "server", -1, start_step, num_steps
         )
@@ -432,10 +348,12 @@ class FederatedDataModule(LightningDataModule):
 
     def train_dataloader(self) -> DataLoader[Any]:
         """Return one epoch of the server's data; without any, of all clients' data together."""
-        if self.has_server:
-            return self._train_loader(self._existing("server").store, "server", -1, 0, None)
         self._require_setup()
-        union = TokenStore.pack(chain.from_iterable(portion.store for portion in self._clients))
+        if "server" in self._portions:
+            return self._train_loader(self._portions["server"].store, "server", -1, 0, None)
+        union = TokenStore.from_examples(
+            chain.from_iterable(portion.store for portion in self._clients)
+        )
         return self._train_loader(union, "all-clients", -1, 0, None)
 
     def val_dataloader(self) -> DataLoader[Any]:
@@ -447,9 +365,7 @@ class FederatedDataModule(LightningDataModule):
         return self._eval_loader(self._existing("test").store)
 
     def predict_dataloader(self) -> DataLoader[Any]:
-        """Return the test split's prompts once, padded on the left, with the index of each raw "
-        "row.
-        """
+        """Return the test split's prompts once, padded on the left, each with its raw row."""
         portion = self._existing("test")
         prompts = [len(example.prompt_ids) for example in portion.store]
         if portion.rows is None or 0 in prompts:
@@ -457,12 +373,13 @@ class FederatedDataModule(LightningDataModule):
                 "`fedsp predict` continues prompts, and `data.task` gives examples without one. "
                 "Use a task with a prompt, such as fedsp.tasks.PromptCompletion."
             )
-        return DataLoader(
-            range(len(prompts)),  # type: ignore[arg-type]
-            batch_sampler=eval_batches(prompts, [1] * len(prompts), self.batching.eval_batch_size),
-            collate_fn=partial(_collate_rows, portion.store, portion.rows, self._pad_id()),
-            generator=torch.Generator(),
-        )
+        batches = eval_batches(prompts, [1] * len(prompts), self.batching.eval_batch_size)
+        pad_id, rows, store = self._pad_id(), portion.rows, portion.store
+
+        def collate_rows(indices: list[int]) -> dict[str, Tensor]:
+            return collate_prompts([store[i] for i in indices], pad_id, [rows[i] for i in indices])
+
+        return _loader(range(len(prompts)), batches, collate_rows)
 
     def _train_loader(
         self, store: TokenStore, owner: str, client_id: int, start_step: int, num_steps: int | None
@@ -489,19 +406,12 @@ class FederatedDataModule(LightningDataModule):
 
 
 def _loader(
-    store: TokenStore, batches: Any, collate_fn: Callable[[list[Example]], dict[str, Tensor]]
+    examples: Sequence[Any], batches: Any, collate_fn: Callable[[list[Any]], dict[str, Tensor]]
 ) -> DataLoader[Any]:
-    # a generator of its own: a loader without one draws from torch's global generator at every
-    # start
     return DataLoader(
-        store,  # type: ignore[arg-type]
+        examples,  # type: ignore[arg-type]
         batch_sampler=batches,
         collate_fn=collate_fn,
+        # without one of its own every start of a loader draws from torch's global generator
         generator=torch.Generator(),
     )
-
-
-def _collate_rows(
-    store: TokenStore, rows: list[int], pad_id: int, indices: list[int]
-) -> dict[str, Tensor]:
-    return collate_prompts([store[idx] for idx in indices], pad_id, [rows[idx] for idx in indices])

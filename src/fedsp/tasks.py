@@ -7,15 +7,17 @@ import hashlib
 import json
 import string
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from datasets import Dataset
 from transformers import PreTrainedTokenizerBase
 
 from fedsp.examples import Example
 
 Row = Mapping[str, Any]
+_ENCODED_AT_ONCE = 1000
 
 
 @dataclass(frozen=True)
@@ -67,6 +69,23 @@ class Task(ABC):
         """
         rendered = [self.render(row, first_row + idx) for idx, row in enumerate(rows)]
         return encode_rendered(rendered, tokenizer, add_eos=self.add_eos)
+
+    def encode_all(self, dataset: Dataset, tokenizer: PreTrainedTokenizerBase) -> Iterator[Example]:
+        """Tokenise all rows of a data set, some at a time.
+
+        Args:
+            dataset: The rows.
+            tokenizer: Tokenizer of the model.
+
+        Raises:
+            ValueError: As `render`.
+        """
+        first_row = 0
+        for columns in dataset.iter(batch_size=_ENCODED_AT_ONCE):
+            values = zip(*columns.values(), strict=True)
+            rows = [dict(zip(columns, row, strict=True)) for row in values]
+            yield from self.encode(rows, tokenizer, first_row=first_row)
+            first_row += len(rows)
 
     def pack(
         self, examples: Sequence[Example], max_tokens: int | None
@@ -215,7 +234,7 @@ class RawText(Task):
     def pack(
         self, examples: Sequence[Example], max_tokens: int | None
     ) -> tuple[list[Example], list[int] | None]:
-        """Join and cut into blocks; no token is lost."""
+        """Join and cut into blocks; no token is lost but one that would stand alone."""
         if self.block_size is not None and max_tokens is not None and self.block_size > max_tokens:
             raise ValueError(
                 f"`data.task.block_size`={self.block_size} must not be above the {max_tokens} "
@@ -294,6 +313,8 @@ def _blocks(documents: Sequence[Example], size: int) -> list[Example]:
     room = max(1, size - len(lead))
     chars = sum(document.num_chars[0] for document in documents) / max(1, len(tokens))
     pieces = [tokens[start : start + room] for start in range(0, len(tokens), room)]
+    if len(pieces) > 1 and not lead and len(pieces[-1]) == 1:
+        pieces.pop()  # nothing comes before a lone token: it could never be predicted
     return [Example(lead, [piece], 0, [max(1, round(chars * len(piece)))]) for piece in pieces]
 
 
