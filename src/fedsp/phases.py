@@ -1,0 +1,304 @@
+"""The only inner training loops: a client's round, the server's round, distillation, evaluation.
+
+A phase trains or measures what it is given; it chooses no client, logs nothing and saves nothing.
+"""
+
+import math
+import time
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from lightning.fabric import Fabric
+from torch import Tensor, nn
+from torch.optim import Optimizer
+from torch.optim.lr_scheduler import LRScheduler
+
+from fedsp.auxiliary import Auxiliary
+from fedsp.backbone import Backbone
+from fedsp.client import STAGES, ClientModule
+from fedsp.distillation import Distillation
+from fedsp.metrics import ChoiceAccuracy, TokenLoss
+from fedsp.scoring import Scores
+from fedsp.seeding import isolated_rng, seed_for, stream
+from fedsp.server import ServerModule
+from fedsp.stages import Stage
+
+Batches = Iterable[dict[str, Tensor]]
+StepCallback = Callable[[int, Tensor], None]
+
+
+@dataclass(frozen=True)
+class StageResult:
+    """What one run of a stage did.
+
+    Args:
+        loss: Mean training loss over its batches, in nats a token; NaN without steps.
+        steps: Optimizer steps.
+        num_tokens: Text tokens read, padding left out.
+        seconds: Wall time.
+    """
+
+    loss: float
+    steps: int
+    num_tokens: int
+    seconds: float
+
+
+@dataclass
+class Optimization:
+    """An optimizer, its schedule and how many batches of the endless stream they have used."""
+
+    optimizer: Optimizer
+    scheduler: LRScheduler | None
+    batches: int = 0
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return the state of all three."""
+        scheduler = self.scheduler.state_dict() if self.scheduler is not None else None
+        return {
+            "optimizer": self.optimizer.state_dict(),
+            "scheduler": scheduler,
+            "batches": self.batches,
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Restore what `state_dict` returned."""
+        self.optimizer.load_state_dict(state["optimizer"])
+        if self.scheduler is not None:
+            self.scheduler.load_state_dict(state["scheduler"])
+        self.batches = state["batches"]
+
+
+def _optimize(
+    fabric: Fabric,
+    loss_of: Callable[[dict[str, Tensor], int], Tensor],
+    part: nn.Module,
+    stage: Stage,
+    optimization: Optimization,
+    batches: Batches,
+    on_step: StepCallback | None = None,
+) -> StageResult:
+    """Step the optimizer over all batches; the one loop that every kind of training goes through."""
+    started = time.perf_counter()
+    optimizer = fabric.setup_optimizers(optimization.optimizer)
+    losses: list[Tensor] = []
+    tokens: list[Tensor] = []
+    steps = 0
+    for batch_idx, batch in enumerate(batches):
+        tokens.append(batch["attention_mask"].sum())
+        batch = fabric.to_device(batch)
+        # single-device Fabric does not autocast step methods by itself; see docs/footguns.md
+        with fabric.autocast():
+            loss = loss_of(batch, batch_idx)
+        fabric.backward(loss / stage.accumulate_grad_batches)
+        losses.append(loss.detach())
+        optimization.batches += 1
+        if (batch_idx + 1) % stage.accumulate_grad_batches:
+            continue
+        if stage.gradient_clip_norm is not None:
+            fabric.clip_gradients(
+                part, optimizer, max_norm=stage.gradient_clip_norm, error_if_nonfinite=False
+            )
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+        if optimization.scheduler is not None:
+            optimization.scheduler.step()
+        steps += 1
+        if on_step is not None:
+            on_step(steps, losses[-1])
+    mean = float(torch.stack(losses).mean()) if losses else math.nan
+    num_tokens = int(torch.stack(tokens).sum()) if tokens else 0
+    return StageResult(mean, steps, num_tokens, time.perf_counter() - started)
+
+
+@dataclass(frozen=True)
+class ClientTurn:
+    """One client's part of a round.
+
+    Args:
+        client_id: Who.
+        round_idx: 0-based communication round.
+        seed: The run's seed.
+        participations: How often a client takes part in the whole run, for its schedules' length.
+        loader: `(start_batch, num_batches)` to the client's batches.
+    """
+
+    client_id: int
+    round_idx: int
+    seed: int
+    participations: int
+    loader: Callable[[int, int], Batches]
+
+
+def train_client(
+    fabric: Fabric, client: ClientModule, state: dict[str, Any], turn: ClientTurn
+) -> tuple[dict[str, StageResult], dict[str, Any]]:
+    """Run a client's two stages: first the auxiliary model, then the soft prompt.
+
+    Both stages draw from one endless stream of the client's batches, each going on where the last one stopped.
+
+    Args:
+        fabric: Where to run.
+        client: A module that has received the round's broadcast and the client's private state.
+        state: What the client kept of its optimizers, empty at its first participation.
+        turn: Who, when and on which data.
+
+    Returns:
+        The results by stage, and the optimizers' new state.
+    """
+    results: dict[str, StageResult] = {}
+    kept: dict[str, Any] = dict(state)
+    position = int(kept.get("batches", 0))
+    seed = seed_for(
+        turn.seed, "client_dropout", round_idx=turn.round_idx, client_id=turn.client_id
+    )
+    with isolated_rng(seed):
+        for name in STAGES:
+            stage = client.stages[name]
+            if stage.steps == 0:
+                continue
+            client.set_stage(name)
+            parameters = client.stage_parameters(name).values()
+            optimization = Optimization(
+                *stage.build(parameters, stage.steps * turn.participations)
+            )
+            if name in kept:
+                optimization.load_state_dict(kept[name])
+            part = client.require_model()[STAGES.index(name)]
+            batches = turn.loader(position, stage.batches)
+            results[name] = _optimize(
+                fabric, client.training_step, part, stage, optimization, batches
+            )
+            position += stage.batches
+            kept[name] = optimization.state_dict()
+            if not client.keep_optimizers:
+                kept[name]["optimizer"]["state"] = {}
+    kept["batches"] = position
+    client.eval()
+    return results, kept
+
+
+def train_server(
+    fabric: Fabric,
+    server: ServerModule,
+    optimization: Optimization,
+    batches: Batches,
+    *,
+    seed: int,
+    round_idx: int,
+) -> StageResult:
+    """Run the server's own steps of a round on its soft prompt.
+
+    Args:
+        fabric: Where to run.
+        server: The server with the aggregated prompt loaded.
+        optimization: The server's optimizer, which lasts over the rounds.
+        batches: The server's batches, as many as its stage wants.
+        seed: The run's seed.
+        round_idx: 0-based communication round.
+
+    Returns:
+        The result of the stage.
+    """
+    prompt = server.require_model()[1]
+    prompt.train()
+    with isolated_rng(seed_for(seed, "server_dropout", round_idx=round_idx)):
+        result = _optimize(
+            fabric, server.training_step, prompt, server.training_stage, optimization, batches
+        )
+    prompt.eval()
+    return result
+
+
+def distill(
+    fabric: Fabric,
+    teacher: Backbone,
+    auxiliary: Auxiliary,
+    spec: Distillation,
+    batches: Batches,
+    *,
+    seed: int,
+    on_step: StepCallback | None = None,
+) -> StageResult:
+    """Teach the auxiliary model what the global model knows, on public data and without prompts.
+
+    Dropout is off on both sides: what is to be matched is a function, not a sample of it.
+
+    Args:
+        fabric: Where to run.
+        teacher: The frozen global model.
+        auxiliary: Trained in place.
+        spec: Losses and stage.
+        batches: Public batches, as many as the stage wants.
+        seed: The run's seed.
+        on_step: Called with the number of steps done and the last loss.
+
+    Returns:
+        The result of the stage.
+    """
+    parameters = auxiliary.trainable()
+    for parameter in parameters.values():
+        parameter.requires_grad_(True)
+    auxiliary.eval()
+    generator = stream(seed, "distillation_positions")
+    optimization = Optimization(*spec.stage.build(parameters.values(), spec.stage.steps))
+    result = _optimize(
+        fabric,
+        lambda batch, _: spec.loss(teacher, auxiliary.backbone, batch, generator),
+        auxiliary,
+        spec.stage,
+        optimization,
+        batches,
+        on_step,
+    )
+    for parameter in parameters.values():
+        parameter.requires_grad_(False)
+        parameter.grad = None
+    return result
+
+
+@torch.no_grad()
+def evaluate(
+    fabric: Fabric,
+    score_batch: Callable[[dict[str, Tensor], int], Scores],
+    batches: Batches,
+    *,
+    on_step: Callable[[int], None] | None = None,
+) -> dict[str, float]:
+    """Measure a model, which the caller has put into evaluation mode; nothing is trained meanwhile.
+
+    Args:
+        fabric: Where to run.
+        score_batch: A role's `validation_step`.
+        batches: Evaluation batches with all choices of a question together.
+        on_step: Called with the number of batches done.
+
+    Returns:
+        `loss` in nats a token over the right answers' tokens, `perplexity`, and, where questions have several
+        choices, `accuracy` and `accuracy_norm` (by characters, as lm-eval's `acc_norm`).
+    """
+    loss = TokenLoss()
+    accuracy = {"accuracy": ChoiceAccuracy(), "accuracy_norm": ChoiceAccuracy(normalize=True)}
+    several_choices = False
+    for batch_idx, batch in enumerate(batches):
+        several_choices = several_choices or not bool(batch["is_answer"].all())
+        moved = fabric.to_device(batch)
+        with fabric.autocast():
+            scores = score_batch(moved, batch_idx)
+        loss.update(scores.token_losses.cpu())
+        for metric in accuracy.values():
+            metric.update(
+                scores.log_likelihood.cpu(),
+                batch["question"],
+                batch["is_answer"],
+                batch["num_chars"],
+            )
+        if on_step is not None:
+            on_step(batch_idx + 1)
+    mean = float(loss.compute())
+    measured = {"loss": mean, "perplexity": math.exp(min(mean, 700.0))}
+    if several_choices:
+        measured |= {name: float(metric.compute()) for name, metric in accuracy.items()}
+    return measured
