@@ -1,0 +1,177 @@
+"""How a cohort's work is carried out; here one client after the other in this process."""
+
+import hashlib
+import math
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from lightning.fabric import Fabric
+
+from fedsp.client import ClientModule
+from fedsp.client_state import ClientStateStore
+from fedsp.data import FederatedDataModule
+from fedsp.ledger import Ledger
+from fedsp.messages import PromptContract, decode_broadcast, describe, encode, encode_handout
+from fedsp.phases import Batches, ClientTurn, StageResult, train_client
+
+
+@dataclass(frozen=True)
+class Reply:
+    """A client's answer.
+
+    Args:
+        client_id: Who answers.
+        data: The encoded `ClientUpdate`, unchecked.
+        stages: What the client's stages did, for the simulation's own display; it never travels.
+    """
+
+    client_id: int
+    data: bytes
+    stages: dict[str, StageResult]
+
+
+class Executor(ABC):
+    """Carries out a cohort's work, wherever the clients are."""
+
+    @abstractmethod
+    def run(
+        self,
+        round_idx: int,
+        cohort: Sequence[int],
+        broadcast: bytes,
+        on_start: Callable[[int], None],
+    ) -> Iterator[Reply]:
+        """Let every client of the cohort work through one round.
+
+        Args:
+            round_idx: 0-based communication round.
+            cohort: Client ids.
+            broadcast: The encoded `ServerBroadcast`.
+            on_start: Called with a client's id before it works.
+
+        Yields:
+            One reply a client, as they come.
+        """
+
+    @abstractmethod
+    def state_dict(self) -> dict[str, Any]:
+        """Return what the next round needs to know of the last ones."""
+
+    @abstractmethod
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Restore what `state_dict` returned."""
+
+    @abstractmethod
+    def commit(self) -> None:
+        """Let go of what an older checkpoint would need; called when a newer one is safe."""
+
+
+@dataclass(frozen=True)
+class Simulation:
+    """What the simulated clients share.
+
+    Args:
+        fabric: Where to run.
+        client: The module that plays every client, with its auxiliary model installed.
+        data: Gives each client's batches.
+        store: What clients keep between rounds.
+        ledger: Every payload is written down before it is handed on.
+        contract: What a prompt looks like on the wire.
+        seed: The run's seed.
+        participations: How often a client takes part in the whole run.
+    """
+
+    fabric: Fabric
+    client: ClientModule
+    data: FederatedDataModule
+    store: ClientStateStore
+    ledger: Ledger
+    contract: PromptContract
+    seed: int
+    participations: int
+
+
+class InProcessExecutor(Executor):
+    """Simulates every client in this process, with one module whose private state is swapped.
+
+    Frozen weights are shared by all clients; a client that is away costs disk only.
+    """
+
+    def __init__(self, simulation: Simulation) -> None:
+        """Keep the auxiliary model as handed out, for clients that have not taken part yet.
+
+        Args:
+            simulation: What the clients share.
+        """
+        self.simulation = simulation
+        self._initial = simulation.client.private_state()
+        self._handed_out: set[int] = set()
+        self._handout: tuple[dict[str, Any], int, str] | None = None
+
+    def run(
+        self,
+        round_idx: int,
+        cohort: Sequence[int],
+        broadcast: bytes,
+        on_start: Callable[[int], None],
+    ) -> Iterator[Reply]:
+        """Let every client of the cohort work through one round; see `Executor.run`."""
+        ledger = self.simulation.ledger
+        broadcast_digest = _digest(broadcast)
+        for client_id in cohort:
+            on_start(client_id)
+            self._hand_out(round_idx, client_id)
+            ledger.record_digest(round_idx, client_id, "down", *broadcast_digest)
+            reply = self._turn(round_idx, client_id, broadcast)
+            ledger.record(round_idx, client_id, "up", reply.data)
+            yield reply
+
+    def _turn(self, round_idx: int, client_id: int, broadcast: bytes) -> Reply:
+        shared, client = self.simulation, self.simulation.client
+        kept = shared.store.get(client_id) or {"model": self._initial, "training": {}}
+        client.load_private_state(kept["model"])
+        client.receive(decode_broadcast(broadcast, shared.contract))
+
+        def loader(start: int, num_batches: int) -> Batches:
+            return shared.data.client_dataloader(
+                client_id, start_step=start, num_steps=num_batches
+            )
+
+        turn = ClientTurn(client_id, round_idx, shared.seed, shared.participations, loader)
+        results, training = train_client(shared.fabric, client, kept["training"], turn)
+        if results and all(math.isfinite(result.loss) for result in results.values()):
+            # a client that diverged starts its next turn from where it was; the server refuses this update
+            model = client.private_state()
+            shared.store.put(client_id, round_idx, {"model": model, "training": training})
+        update = client.update(client_id, shared.data.client_num_examples(client_id))
+        return Reply(client_id, encode(update, shared.contract.wire_dtype), results)
+
+    def _hand_out(self, round_idx: int, client_id: int) -> None:
+        if client_id in self._handed_out:
+            return
+        if self._handout is None:
+            auxiliary = self.simulation.client.require_model()[0]
+            self._handout = _digest(encode_handout(auxiliary.handout()))
+        self.simulation.ledger.record_digest(round_idx, client_id, "down", *self._handout)
+        self._handed_out.add(client_id)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return who holds an auxiliary model, and which private states are valid."""
+        versions = self.simulation.store.versions()
+        return {"handed_out": sorted(self._handed_out), "versions": versions}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Restore what `state_dict` returned; private states of a round in flight are dropped."""
+        self._handed_out = set(state["handed_out"])
+        self.simulation.store.restore(state["versions"])
+
+    def commit(self) -> None:
+        """Delete private states that only an older checkpoint names."""
+        self.simulation.store.commit()
+
+
+def _digest(data: bytes) -> tuple[dict[str, Any], int, str]:
+    """Describe and hash a payload that goes to many clients once."""
+    return describe(data), len(data), hashlib.sha256(data).hexdigest()
