@@ -1,0 +1,64 @@
+"""Where a run keeps its files, and the check that a run never overwrites another one."""
+
+import os
+from pathlib import Path
+
+from fedsp.state_files import write_text_atomically
+
+
+class RunFolder:
+    """The folder of one run; every file of it has one place, named here."""
+
+    def __init__(self, path: str | Path) -> None:
+        """Name the folder; nothing is created yet.
+
+        Args:
+            path: The folder, relative to the working folder or absolute.
+        """
+        self.path = Path(path).expanduser()
+        self.config = self.path / "config.yaml"
+        self.auxiliary = self.path / "auxiliary.safetensors"
+        self.checkpoints = self.path / "checkpoints"
+        self.clients = self.path / "clients"
+        self.ledger = self.path / "ledger.jsonl"
+        self.metrics = self.path / "metrics"
+        self.adapter = self.path / "adapter"
+        self.results = self.path / "results.json"
+        self.predictions = self.path / "predictions.jsonl"
+
+    def check(self, *, resume: bool) -> None:
+        """Make sure that the run may use the folder, before any work.
+
+        Args:
+            resume: The run goes on from what lies there.
+
+        Raises:
+            FileExistsError: If the folder holds a run and `resume` is off.
+            PermissionError: If nothing can be written there.
+        """
+        if not resume and self.path.exists() and (not self.path.is_dir() or any(self.path.iterdir())):
+            raise FileExistsError(
+                f"`trainer.run_dir` must be a new or empty folder, got {self.path}, which is in use. "
+                "Go on from it with `--ckpt_path last`, or name another one with `--trainer.run_dir`."
+            )
+        existing = self.path
+        while not existing.exists():
+            existing = existing.parent
+        if not os.access(existing, os.W_OK | os.X_OK):
+            raise PermissionError(
+                f"`trainer.run_dir` must be writable, got {self.path}: no permission to write in {existing}."
+            )
+
+    def is_before_first_checkpoint(self) -> bool:
+        """Whether a run was started here and stopped before it had anything to go on from."""
+        return self.config.exists() and not any(self.checkpoints.glob("round-*"))
+
+    def create(self, config: str) -> None:
+        """Create the folder and keep the configuration of the first start.
+
+        Args:
+            config: Text of the configuration; empty keeps none.
+        """
+        self.path.mkdir(parents=True, exist_ok=True)
+        if config and not self.config.exists():
+            write_text_atomically(self.config, config)
