@@ -1,0 +1,164 @@
+"""What happens once, before the first round: the auxiliary model is derived, taught, measured and kept."""
+
+import os
+import warnings
+from dataclasses import asdict, dataclass
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+from lightning.fabric import Fabric
+
+from fedsp.auxiliary import Auxiliary
+from fedsp.data import FederatedDataModule
+from fedsp.distillation import QUALITY_BATCHES, Distillation, Quality, cache_key, measure_quality
+from fedsp.phases import distill
+from fedsp.server import ServerModule
+from fedsp.state_files import load_state, save_state
+
+
+@dataclass(frozen=True)
+class Preparation:
+    """The auxiliary model and how it came about.
+
+    Args:
+        auxiliary: Ready for the clients.
+        before: Quality before the distillation; None without data to measure it on.
+        after: Quality after it; the same as `before` where there was none.
+        cached: The distilled weights were found and not made.
+    """
+
+    auxiliary: Auxiliary
+    before: Quality | None
+    after: Quality | None
+    cached: bool
+
+
+def check_public_data(data: FederatedDataModule, spec: Distillation | None) -> None:
+    """Make sure that the distillation has data, and say whether clients' examples are in it.
+
+    Raises:
+        ValueError: If public data is wanted and missing, or `strict_public_data` is set and examples overlap.
+    """
+    if spec is None or spec.stage.steps == 0:
+        return
+    if not data.num_examples("public"):
+        raise ValueError(
+            "`model.initial_distillation` needs public data, but `data.public` is null. Name a source, a "
+            "fraction or a number of rows, or set `model.initial_distillation` to null."
+        )
+    overlap = data.public_overlap()
+    if overlap == 0:
+        return
+    message = (
+        f"`data.public`: {overlap} public examples occur in the clients' data too, so what is called public is "
+        "partly theirs."
+    )
+    if spec.strict_public_data:
+        raise ValueError(
+            f"{message} `model.initial_distillation.strict_public_data` forbids that."
+        )
+    warnings.warn(f"{message} `strict_public_data: true` makes this an error.", stacklevel=2)
+
+
+def prepare_auxiliary(
+    fabric: Fabric, server: ServerModule, data: FederatedDataModule, *, kept: Path, trainer: Any
+) -> Preparation:
+    """Derive the auxiliary model and teach it, or find it where an earlier start of the run left it.
+
+    Args:
+        fabric: Where to run.
+        server: With its model loaded.
+        data: Set up.
+        kept: The run's own file of the auxiliary model.
+        trainer: Its callbacks are told, and its seed and precision are used.
+
+    Returns:
+        The auxiliary model on the server's device.
+    """
+    spec = server.initial_distillation
+    backbone = server.require_model()[0]
+    auxiliary = fabric.to_device(server.auxiliary_recipe.build(backbone))
+    if kept.exists():
+        state = load_state(kept)
+        auxiliary.load(state["weights"])
+        return Preparation(auxiliary, *_qualities(state), cached=True)
+    before = _measure(fabric, server, auxiliary, data)
+    if spec is None or spec.stage.steps == 0:
+        _keep(kept, auxiliary, before, before)
+        return Preparation(auxiliary, before, before, cached=False)
+    facts = {
+        "recipe": [type(server.auxiliary_recipe).__qualname__, vars(server.auxiliary_recipe)],
+        "public": data.fingerprint("public"),
+        "seed": trainer.seed,
+        "precision": trainer.precision,
+    }
+    folder = _cache_folder(spec)
+    artefact = folder / f"{cache_key(backbone, spec, facts)}.safetensors" if folder else None
+    if artefact is not None and artefact.exists():
+        state = load_state(artefact)
+        auxiliary.load(state["weights"])
+        before, after = _qualities(state)
+    else:
+        _teach(fabric, server, auxiliary, spec, data, trainer)
+        after = _measure(fabric, server, auxiliary, data)
+        if artefact is not None:
+            artefact.parent.mkdir(parents=True, exist_ok=True)
+            _keep(artefact, auxiliary, before, after)
+        artefact = None
+    _keep(kept, auxiliary, before, after)
+    return Preparation(auxiliary, before, after, cached=artefact is not None)
+
+
+def _teach(
+    fabric: Fabric,
+    server: ServerModule,
+    auxiliary: Auxiliary,
+    spec: Distillation,
+    data: FederatedDataModule,
+    trainer: Any,
+) -> None:
+    trainer.call("on_distillation_start", spec.stage.steps)
+    distill(
+        fabric,
+        server.require_model()[0],
+        auxiliary,
+        spec,
+        data.public_dataloader(start_step=0, num_steps=spec.stage.batches),
+        seed=trainer.seed,
+        on_step=lambda step, loss: trainer.call("on_distillation_step", step, loss),
+    )
+
+
+def _measure(
+    fabric: Fabric, server: ServerModule, auxiliary: Auxiliary, data: FederatedDataModule
+) -> Quality | None:
+    """On the server's own data, which the distillation does not see; else on public data."""
+    if data.num_examples("server"):
+        loader = data.server_dataloader(start_step=0, num_steps=QUALITY_BATCHES)
+    elif data.num_examples("public"):
+        loader = data.public_dataloader(start_step=0, num_steps=QUALITY_BATCHES)
+    else:
+        return None
+    batches = (fabric.to_device(batch) for batch in islice(loader, QUALITY_BATCHES))
+    with fabric.autocast():
+        return measure_quality(server.require_model()[0], auxiliary.backbone, batches)
+
+
+def _cache_folder(spec: Distillation) -> Path | None:
+    if spec.cache_dir == "":
+        return None
+    root = spec.cache_dir or os.environ.get("FEDSP_CACHE") or "~/.cache/fedsp"
+    return Path(root).expanduser() / "auxiliary"
+
+
+def _keep(
+    path: Path, auxiliary: Auxiliary, before: Quality | None, after: Quality | None
+) -> None:
+    qualities = [None if quality is None else asdict(quality) for quality in (before, after)]
+    save_state(path, {"weights": auxiliary.state(), "quality": qualities})
+
+
+def _qualities(state: Any) -> tuple[Quality | None, Quality | None]:
+    before, after = (None if entry is None else Quality(**entry) for entry in state["quality"])
+    return before, after
