@@ -1,0 +1,232 @@
+"""Server and cohort between two checkpoints: broadcast, checked answers, aggregate, server training."""
+
+import math
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import Any, Literal
+
+from lightning.fabric import Fabric
+from torch import Tensor
+
+from fedsp.aggregation import Aggregator, ServerOptimizer
+from fedsp.data import FederatedDataModule
+from fedsp.executors import Executor, Reply
+from fedsp.messages import (
+    PromptContract,
+    RejectedUpdate,
+    ServerBroadcast,
+    decode_broadcast,
+    decode_update,
+    encode,
+)
+from fedsp.phases import Optimization, StageResult, train_server
+from fedsp.server import ServerModule
+
+
+@dataclass(frozen=True)
+class Communication:
+    """What travels, and what is done with it."""
+
+    wire_dtype: Literal["float32", "float16", "bfloat16"] = "float32"
+    """Number format of a prompt on its way, in both directions."""
+    max_update_norm: float | None = None
+    """Largest L2 norm of (update - broadcast); larger updates are rejected. null takes any."""
+    min_updates: int = 1
+    """Accepted updates below which a round keeps the server's prompt."""
+    broadcast_average: bool = False
+    """Broadcast the plain aggregate, not the prompt that the server trained from it."""
+
+    def __post_init__(self) -> None:
+        """Check the numbers.
+
+        Raises:
+            ValueError: If a number is out of its range.
+        """
+        if self.max_update_norm is not None and not self.max_update_norm > 0:
+            raise ValueError(
+                "`trainer.communication.max_update_norm` must be above 0 or null, got "
+                f"{self.max_update_norm}."
+            )
+        if self.min_updates < 1:
+            raise ValueError(
+                f"`trainer.communication.min_updates` must be at least 1, got {self.min_updates}."
+            )
+
+
+@dataclass(frozen=True)
+class Rules:
+    """How a federation turns answers into the next prompt.
+
+    Args:
+        communication: What travels.
+        aggregator: Combines the updates.
+        server_optimizer: Steps the server's prompt towards the aggregate.
+    """
+
+    communication: Communication
+    aggregator: Aggregator
+    server_optimizer: ServerOptimizer
+
+
+class Federation:
+    """The server's side of a running federation, whoever carries out the clients' work."""
+
+    def __init__(
+        self,
+        fabric: Fabric,
+        server: ServerModule,
+        data: FederatedDataModule,
+        executor: Executor,
+        rules: Rules,
+        *,
+        num_rounds: int,
+        seed: int,
+    ) -> None:
+        """Start from the server's present prompt.
+
+        Args:
+            fabric: Where the server trains.
+            server: With its model loaded.
+            data: Gives the server's batches.
+            executor: Carries out the clients' work.
+            rules: How answers become the next prompt.
+            num_rounds: Rounds of the whole run, for the length of the server's schedule.
+            seed: The run's seed.
+        """
+        self.fabric, self.server, self.data = fabric, server, data
+        self.executor, self.rules, self.seed = executor, rules, seed
+        self.num_rounds = num_rounds
+        self.optimization = self.optimization_for(server)
+        prompt = server.require_model()[1]
+        self.broadcast_prefix = prompt.prefix().cpu()
+        self.contract = PromptContract(
+            prompt.shape, rules.communication.wire_dtype, rules.communication.max_update_norm
+        )
+
+    def optimization_for(self, server: ServerModule) -> Optimization:
+        """Return a fresh optimizer and schedule for a server's own steps over the whole run."""
+        stage = server.training_stage
+        parameters = server.require_model()[1].parameters()
+        return Optimization(*stage.build(parameters, stage.steps * self.num_rounds))
+
+    def collect(
+        self, round_idx: int, cohort: Sequence[int], call: Callable[..., None]
+    ) -> dict[str, float]:
+        """Broadcast, let the cohort work, check what comes back and aggregate it.
+
+        Args:
+            round_idx: 0-based communication round.
+            cohort: Client ids.
+            call: Calls a hook of every callback.
+
+        Returns:
+            The round's metrics of the clients.
+
+        Raises:
+            MessageError: If an answer is anything but that client's soft prompt.
+        """
+        started = time.perf_counter()
+        wire_dtype = self.rules.communication.wire_dtype
+        data = encode(ServerBroadcast(round_idx, self.broadcast_prefix), wire_dtype)
+        reference = decode_broadcast(data, self.contract).prefix
+        aggregator = self.rules.aggregator
+        aggregator.reset()
+        replies: list[Reply] = []
+        rejected = 0
+        on_start = partial(call, "on_client_start", round_idx)
+        for reply in self.executor.run(round_idx, cohort, data, on_start):
+            call("on_client_end", round_idx, reply.client_id, reply.stages)
+            replies.append(Reply(reply.client_id, b"", reply.stages))
+            try:
+                aggregator.add(
+                    decode_update(
+                        reply.data,
+                        self.contract,
+                        reference=reference,
+                        round_idx=round_idx,
+                        client_id=reply.client_id,
+                    )
+                )
+            except RejectedUpdate as reason:
+                rejected += 1
+                call("on_update_rejected", round_idx, reply.client_id, str(reason))
+        if len(replies) - rejected >= self.rules.communication.min_updates:
+            self._adopt(self.rules.server_optimizer.step(reference, aggregator.result()))
+            call("on_aggregate_end", round_idx, self.broadcast_prefix)
+        return {
+            "round/clients": float(len(replies)),
+            "round/rejected_updates": float(rejected),
+            "round/client_seconds": time.perf_counter() - started,
+            **_client_losses(replies),
+        }
+
+    def train_server(self, round_idx: int, call: Callable[..., None]) -> dict[str, float]:
+        """Run the server's own steps on the aggregate, if it has steps and data.
+
+        Args:
+            round_idx: 0-based communication round.
+            call: Calls a hook of every callback.
+
+        Returns:
+            The round's metrics of the server's training.
+        """
+        if not self.server.training_stage.steps or not self.data.num_examples("server"):
+            return {}
+        call("on_server_train_start", round_idx)
+        result = self.train(self.server, self.optimization, round_idx)
+        call("on_server_train_end", round_idx, result)
+        if not self.rules.communication.broadcast_average:
+            self.broadcast_prefix = self.server.require_model()[1].prefix().cpu()
+        return {"server/train_loss": result.loss, "round/server_seconds": result.seconds}
+
+    def train(
+        self, server: ServerModule, optimization: Optimization, round_idx: int
+    ) -> StageResult:
+        """Run the server's steps of a round on any server's prompt, with that round's batches."""
+        stage = server.training_stage
+        batches = self.data.server_dataloader(
+            start_step=optimization.batches, num_steps=stage.batches
+        )
+        return train_server(
+            self.fabric, server, optimization, batches, seed=self.seed, round_idx=round_idx
+        )
+
+    def _adopt(self, prefix: Tensor) -> None:
+        self.broadcast_prefix = prefix
+        self.server.require_model()[1].load_prefix(prefix)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return all that the next round depends on; `prefix` is the server's prompt itself."""
+        prompt = self.server.require_model()[1]
+        return {
+            "prefix": prompt.prefix().cpu(),
+            "soft_prompt": {name: value.cpu() for name, value in prompt.state_dict().items()},
+            "broadcast_prefix": self.broadcast_prefix,
+            "optimization": self.optimization.state_dict(),
+            "server_optimizer": self.rules.server_optimizer.state_dict(),
+            "executor": self.executor.state_dict(),
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Restore what `state_dict` returned."""
+        self.server.require_model()[1].load_state_dict(state["soft_prompt"])
+        self.broadcast_prefix = state["broadcast_prefix"]
+        self.optimization.load_state_dict(state["optimization"])
+        self.rules.server_optimizer.load_state_dict(state["server_optimizer"], self.contract.shape)
+        self.executor.load_state_dict(state["executor"])
+
+
+def _client_losses(replies: Sequence[Reply]) -> dict[str, float]:
+    """Means over the clients that told their losses, as simulated ones do."""
+    metrics: dict[str, float] = {}
+    for stage, name in (("soft_prompt", "client/train_loss"), ("auxiliary", "client/auxiliary_loss")):
+        results = [reply.stages[stage] for reply in replies if stage in reply.stages]
+        losses = [result.loss for result in results if math.isfinite(result.loss)]
+        if losses:
+            mean = sum(losses) / len(losses)
+            metrics[name] = mean
+            spread = sum((loss - mean) ** 2 for loss in losses) / len(losses)
+            metrics[f"{name}_std"] = math.sqrt(spread)
+    return metrics

@@ -1,0 +1,487 @@
+"""The federated trainer: owns Fabric and the round loop, and does no tensor maths of its own."""
+
+import json
+import time
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import Any, Literal
+
+from lightning.fabric import Fabric
+from lightning.fabric.accelerators import Accelerator
+from lightning.fabric.plugins import ClusterEnvironment, Precision
+from lightning.fabric.strategies import Strategy
+from lightning.fabric.utilities.exceptions import MisconfigurationException
+from lightning.pytorch.cli import OptimizerCallable
+from torch import Tensor
+
+from fedsp.aggregation import Aggregator, ServerOptimizer, StreamingMean
+from fedsp.callbacks import FederatedCallback
+from fedsp.checkpoint import Checkpoints, RunState
+from fedsp.client import ClientModule
+from fedsp.client_state import ClientStateStore
+from fedsp.data import FederatedDataModule
+from fedsp.executors import InProcessExecutor, Simulation
+from fedsp.export import export_adapter
+from fedsp.federation import Communication, Federation, Rules
+from fedsp.history import Evaluation, History
+from fedsp.ledger import Ledger, next_attempt
+from fedsp.messages import PromptContract
+from fedsp.phases import evaluate
+from fedsp.predictions import write_predictions
+from fedsp.preparation import check_public_data, prepare_auxiliary
+from fedsp.progress import RichProgress
+from fedsp.run_folder import RunFolder
+from fedsp.sampling import ClientSampler, UniformSampler
+from fedsp.scoring import Scores, score
+from fedsp.server import ServerModule
+from fedsp.state_files import write_text_atomically
+from fedsp.tracking import LoggerFactory, Tracker, csv_logger
+
+PRECISIONS = ("32-true", "bf16-mixed", "16-mixed")
+# a resumed run may differ in these: they say where and how long to run, not what
+RESUME_IGNORES = (
+    "trainer.accelerator",
+    "trainer.devices",
+    "trainer.num_rounds",
+    "trainer.run_dir",
+    "trainer.logger",
+    "trainer.keep_checkpoints",
+    "trainer.client_memory_bytes",
+    "trainer.enable_progress_bar",
+    "ckpt_path",
+    "config",
+)
+ScoreBatch = Callable[[dict[str, Tensor], int], Scores]
+
+
+class FederatedTrainer:
+    """Runs a federation: rounds of sampling, broadcast, client work, aggregation and server training."""
+
+    def __init__(  # noqa: PLR0913 - the signature is the command line's schema
+        self,
+        accelerator: str | Accelerator = "auto",
+        strategy: str | Strategy = "auto",
+        devices: list[int] | str | int = 1,
+        num_nodes: int = 1,
+        precision: Literal["32-true", "bf16-mixed", "16-mixed"] = "32-true",
+        plugins: Precision | ClusterEnvironment | list[Precision | ClusterEnvironment] | None = None,
+        callbacks: list[FederatedCallback] | FederatedCallback | None = None,
+        logger: list[LoggerFactory] | LoggerFactory | None = None,
+        num_rounds: int = 10,
+        sampler: ClientSampler | None = None,
+        aggregator: Aggregator | None = None,
+        server_optimizer: OptimizerCallable | None = None,
+        communication: Communication = Communication(),
+        evaluation: Evaluation = Evaluation(),
+        seed: int = 0,
+        run_dir: str = "runs/default",
+        keep_checkpoints: int = 2,
+        client_memory_bytes: int = 0,
+        enable_progress_bar: bool = True,
+    ) -> None:
+        """Keep the settings; nothing is loaded and no process is started before a method is called.
+
+        Args:
+            accelerator: `cpu`, `gpu` or `auto`, as Fabric takes it.
+            strategy: As Fabric takes it.
+            devices: Number of devices, as Fabric takes it.
+            num_nodes: Number of machines.
+            precision: Arithmetic of every step. The prompt and its optimizer are fp32 in each; for bf16 weights
+                of the global model set `model.backbone.dtype`.
+            plugins: Fabric plugins.
+            callbacks: Called at the points of a run that `fedsp.callbacks` names.
+            logger: Functions or classes called with the folder for their files; null writes `metrics.csv`.
+            num_rounds: Communication rounds, at least 0.
+            sampler: Chooses each round's cohort; null takes every client.
+            aggregator: Combines the updates; null averages them.
+            server_optimizer: Any `torch.optim` class, stepped on the pseudo-gradient (FedAvgM, FedAdam, ...);
+                null takes the aggregate as it is (FedAvg).
+            communication: What travels, and what is done with it.
+            evaluation: When to measure on the selection split, what picks the best round, when to stop.
+            seed: Seed of sampling, dropout and distillation.
+            run_dir: New or empty folder of the run's files.
+            keep_checkpoints: Checkpoints kept beside the best one.
+            client_memory_bytes: Memory that clients away from the cohort may use; the rest lies on disk.
+            enable_progress_bar: Show progress bars and the table of rounds.
+
+        Raises:
+            ValueError: If a value is out of its range, or the accelerator is not there.
+        """
+        if precision not in PRECISIONS:
+            raise ValueError(
+                f"`trainer.precision` must be one of {', '.join(PRECISIONS)}, got {precision!r}. For bf16 "
+                "weights set `model.backbone.dtype: bfloat16`, which leaves the prompt in fp32."
+            )
+        if num_rounds < 0:
+            raise ValueError(f"`trainer.num_rounds` must be at least 0, got {num_rounds}.")
+        self.callbacks = [*_as_list(callbacks), *([RichProgress()] if enable_progress_bar else [])]
+        try:
+            self.fabric = Fabric(
+                accelerator=accelerator,
+                strategy=strategy,
+                devices=devices,
+                num_nodes=num_nodes,
+                precision=precision,
+                plugins=plugins,
+                callbacks=self.callbacks,
+            )
+        except (MisconfigurationException, RuntimeError) as error:
+            raise ValueError(
+                f"`trainer.accelerator` {accelerator!r} with `trainer.devices` {devices!r} cannot run here: "
+                f"{error} Use `--trainer.accelerator cpu` where there is no accelerator."
+            ) from error
+        self.precision = precision
+        self.loggers = _as_list(logger) or [csv_logger]
+        self.num_rounds = num_rounds
+        self.sampler = sampler or UniformSampler()
+        self.rules = Rules(
+            communication, aggregator or StreamingMean(), ServerOptimizer(server_optimizer)
+        )
+        self.history = History(evaluation)
+        self.seed = seed
+        self.folder = RunFolder(run_dir)
+        self.checkpoints = Checkpoints(self.folder.checkpoints, keep=keep_checkpoints)
+        self.client_memory_bytes = client_memory_bytes
+        self.config: dict[str, Any] = {}
+        self.config_text = ""
+
+    # --- the run ----------------------------------------------------------------------------------
+
+    def fit(
+        self,
+        model: ServerModule,
+        client: ClientModule,
+        datamodule: FederatedDataModule,
+        ckpt_path: str | None = None,
+    ) -> None:
+        """Run the federated rounds, then test and export the best round's prompt.
+
+        Args:
+            model: The server.
+            client: Plays every client.
+            datamodule: Every party's data.
+            ckpt_path: `last` goes on from the newest checkpoint in `trainer.run_dir`.
+        """
+        self.folder.check(resume=ckpt_path is not None)
+        state = self._resume_state(ckpt_path)
+        self._launch(model, datamodule, "fit")
+        self._open(client, state)
+        try:
+            while self.history.rounds_done < self.num_rounds and not self.history.should_stop:
+                self._run_round(self.history.rounds_done)
+            self._conclude()
+        except BaseException as exception:
+            self.call("on_exception", exception)
+            raise
+        finally:
+            self.tracker.finalize()
+            self.ledger.close()
+
+    def _run_round(self, round_idx: int) -> None:
+        started = time.perf_counter()
+        cohort = self.sampler.cohort(self.data.num_clients, seed=self.seed, round_idx=round_idx)
+        self.call("on_round_start", round_idx, cohort)
+        metrics = self.federation.collect(round_idx, cohort, self.call)
+        metrics |= self.federation.train_server(round_idx, self.call)
+        if self.history.is_due(round_idx, self.num_rounds):
+            metrics |= self._select(round_idx)
+        metrics |= {f"comm/{k}": float(v) for k, v in self.ledger.totals(round_idx).items()}
+        self.call("on_round_metrics", round_idx, metrics)
+        metrics |= {"round": float(round_idx), "round/seconds": time.perf_counter() - started}
+        self.history.add(metrics)
+        self.tracker.log(metrics, round_idx)
+        self.call("on_round_end", round_idx, metrics)
+        self._save()
+
+    def _select(self, round_idx: int) -> dict[str, float]:
+        """Measure the server's prompt on the selection split and remember it if it is the best so far."""
+        if not self.data.num_examples("selection"):
+            return {}
+        measured = self.measure(self.server, "selection")
+        metrics = {f"server/val_{name}": value for name, value in measured.items()}
+        prefix = self.server.require_model()[1].prefix().cpu()
+        if self.history.offer(round_idx, metrics, prefix):
+            tree = {"federation": {"prefix": prefix}, "metrics": metrics}
+            self.checkpoints.save_best(tree, round_idx=round_idx + 1, config=self.config)
+        return metrics
+
+    # --- what a finished run is used for ----------------------------------------------------------
+
+    def validate(
+        self,
+        model: ServerModule,
+        client: ClientModule,
+        datamodule: FederatedDataModule,
+        ckpt_path: str | None = "best",
+    ) -> dict[str, float]:
+        """Measure a run's prompt on the selection split.
+
+        Args:
+            model: The server.
+            client: Not used.
+            datamodule: Every party's data.
+            ckpt_path: `best` or `last` of `trainer.run_dir`, a checkpoint file, or null for the initial prompt.
+
+        Returns:
+            Metrics by name.
+        """
+        return self._measure_run(model, datamodule, "selection", ckpt_path)
+
+    def test(
+        self,
+        model: ServerModule,
+        client: ClientModule,
+        datamodule: FederatedDataModule,
+        ckpt_path: str | None = "best",
+    ) -> dict[str, float]:
+        """Measure a run's prompt on the test split.
+
+        Args:
+            model: The server.
+            client: Not used.
+            datamodule: Every party's data.
+            ckpt_path: `best` or `last` of `trainer.run_dir`, a checkpoint file, or null for the initial prompt.
+
+        Returns:
+            Metrics by name.
+        """
+        return self._measure_run(model, datamodule, "test", ckpt_path)
+
+    def predict(
+        self,
+        model: ServerModule,
+        client: ClientModule,
+        datamodule: FederatedDataModule,
+        ckpt_path: str | None = "best",
+        max_new_tokens: int = 64,
+    ) -> None:
+        """Write completions of the test split's prompts to `predictions.jsonl` in the run folder.
+
+        Args:
+            model: The server.
+            client: Not used.
+            datamodule: Every party's data.
+            ckpt_path: `best` or `last` of `trainer.run_dir`, a checkpoint file, or null for the initial prompt.
+            max_new_tokens: Longest completion in tokens, at least 1.
+        """
+        prefix = self._prefix_of(ckpt_path)
+        self._launch(model, datamodule, "predict")
+        self._load(prefix)
+        count = write_predictions(
+            self.fabric,
+            model,
+            datamodule.predict_dataloader(),
+            self.folder.predictions,
+            max_new_tokens=max_new_tokens,
+        )
+        self.fabric.print(f"{count} completions: {self.folder.predictions}")
+
+    def export(
+        self,
+        model: ServerModule,
+        client: ClientModule,
+        datamodule: FederatedDataModule,
+        ckpt_path: str | None = "best",
+        output_dir: str | None = None,
+    ) -> None:
+        """Write a run's prompt as a peft PREFIX_TUNING adapter with a model card.
+
+        Args:
+            model: The server.
+            client: Not used.
+            datamodule: Not used.
+            ckpt_path: `best` or `last` of `trainer.run_dir`, a checkpoint file, or null for the initial prompt.
+            output_dir: Folder of the adapter; null writes `adapter` in the run folder.
+        """
+        prefix = self._prefix_of(ckpt_path)
+        self._load_model(model)
+        self._load(prefix)
+        folder = self._export({}, Path(output_dir) if output_dir else self.folder.adapter)
+        self.fabric.print(f"adapter: {folder}")
+
+    # --- what callbacks may use -------------------------------------------------------------------
+
+    def call(self, hook: str, *args: Any) -> None:
+        """Call a method of every callback that has it, with the trainer first."""
+        self.fabric.call(hook, self, *args)
+
+    def measure(self, server: ServerModule, split: str) -> dict[str, float]:
+        """Measure a server's prompt on `selection` or `test`; see `fedsp.phases.evaluate`."""
+        server.eval()
+        return self._evaluate(split, server.validation_step)
+
+    def measure_zero_shot(self, split: str) -> dict[str, float]:
+        """Measure the global model without a prompt on `selection` or `test`."""
+        backbone = self.server.require_model()[0]
+        return self._evaluate(split, lambda batch, _: score(backbone, batch, None))
+
+    # --- opening and closing ----------------------------------------------------------------------
+
+    def _load_model(self, server: ServerModule) -> None:
+        if not self.fabric._launched:
+            self.fabric.launch()
+        if self.fabric.world_size > 1:
+            raise ValueError(
+                "`trainer.devices` times `trainer.num_nodes` must be 1 process in this version, got "
+                f"{self.fabric.world_size}."
+            )
+        self.server = server
+        server.configure_model()
+        self.fabric.to_device(server)
+
+    def _launch(self, server: ServerModule, data: FederatedDataModule, stage: str) -> None:
+        """Read the data and load the model; all that can be wrong with them shows here."""
+        self.data = data
+        self._load_model(server)
+        backbone, prompt = server.require_model()
+        if backbone.max_positions is not None:
+            offset = backbone.spec.position_offset
+            start = prompt.num_virtual_tokens if offset is None else offset
+            data.limit_tokens(backbone.max_positions - start)
+        data.prepare_data()
+        data.setup(stage)
+
+    def _open(self, client: ClientModule, state: RunState | None) -> None:
+        """Prepare everything between loading and the first round, or put it back as it was."""
+        server, data = self.server, self.data
+        cohort = self.sampler.cohort(data.num_clients, seed=self.seed, round_idx=0)
+        check_public_data(data, server.initial_distillation)
+        prompt = server.require_model()[1]
+        server.initialize_prompt(data.sample_ids(prompt.num_virtual_tokens))
+        self.folder.create(self.config_text)
+        self.ledger = Ledger(self.folder.ledger, next_attempt(self.folder.ledger))
+        self.tracker = Tracker(self.loggers, self.folder.metrics)
+        self.tracker.log_config(self.config)
+        self.preparation = prepare_auxiliary(
+            self.fabric, server, data, kept=self.folder.auxiliary, trainer=self
+        )
+        client.install(self.preparation.auxiliary, prompt.num_virtual_tokens)
+        self.client = self.fabric.to_device(client)
+        communication = self.rules.communication
+        simulation = Simulation(
+            fabric=self.fabric,
+            client=client,
+            data=data,
+            store=ClientStateStore(
+                self.folder.clients, self.client_memory_bytes, self.checkpoints.keep
+            ),
+            ledger=self.ledger,
+            contract=PromptContract(
+                prompt.shape, communication.wire_dtype, communication.max_update_norm
+            ),
+            seed=self.seed,
+            participations=-(-self.num_rounds * len(cohort) // data.num_clients),
+        )
+        self.federation = Federation(
+            self.fabric,
+            server,
+            data,
+            InProcessExecutor(simulation),
+            self.rules,
+            num_rounds=self.num_rounds,
+            seed=self.seed,
+        )
+        self.call("on_fit_start")
+        if state is None:
+            self._measure_start()
+            self._save()
+        else:
+            self._restore(state.tree)
+
+    def _measure_start(self) -> None:
+        """Measure the global model alone and the initial prompt: what every round is compared with."""
+        if not self.data.num_examples("selection"):
+            return
+        zero_shot = self.measure_zero_shot("selection")
+        self.history.zero_shot = {f"server/val_{name}": x for name, x in zero_shot.items()}
+        self._select(-1)
+
+    def _conclude(self) -> None:
+        """Load the best prompt, test it on data that chose nothing, export it, say where everything is."""
+        best = self.history.best
+        results: dict[str, Any] = {"selection": {"zero_shot": self.history.zero_shot}}
+        if best is not None:
+            self._load(best.prefix)
+            results["selection"]["best"] = {
+                "round": best.round_idx,
+                self.history.evaluation.monitor: best.value,
+            }
+        if self.data.num_examples("test"):
+            results["test"] = {
+                "zero_shot": self.measure_zero_shot("test"),
+                "best": self.measure(self.server, "test"),
+            }
+        results["rounds"] = self.history.rounds
+        write_text_atomically(self.folder.results, json.dumps(results, indent=2) + "\n")
+        if self.federation.contract.shape[3]:
+            self._export(results, self.folder.adapter)
+        self.call("on_fit_end", results)
+
+    def _export(self, results: dict[str, Any], folder: Path) -> Path:
+        backbone, prompt = self.server.require_model()
+        name = self.server.backbone_spec.name_or_path
+        figures = {split: results[split] for split in ("selection", "test") if split in results}
+        return export_adapter(prompt.prefix(), backbone, folder, base_model=name, results=figures)
+
+    def _measure_run(
+        self, server: ServerModule, data: FederatedDataModule, split: str, ckpt_path: str | None
+    ) -> dict[str, float]:
+        prefix = self._prefix_of(ckpt_path)
+        self._launch(server, data, split)
+        self._load(prefix)
+        metrics = self.measure(server, split)
+        self.fabric.print(json.dumps({split: metrics}, indent=2))
+        return metrics
+
+    def _evaluate(self, split: str, score_batch: ScoreBatch) -> dict[str, float]:
+        loader = {"selection": self.data.val_dataloader, "test": self.data.test_dataloader}[split]()
+        self.call("on_evaluation_start", split, len(loader))
+        on_step = partial(self.call, "on_evaluation_step")
+        metrics = evaluate(self.fabric, score_batch, loader, on_step=on_step)
+        self.call("on_evaluation_end", split, metrics)
+        return metrics
+
+    # --- checkpoints ------------------------------------------------------------------------------
+
+    def _save(self) -> None:
+        tree = {
+            "federation": self.federation.state_dict(),
+            "history": self.history.state_dict(),
+            "callbacks": [callback.state_dict() for callback in self.callbacks],
+        }
+        path = self.checkpoints.save(RunState(self.history.rounds_done, tree, self.config))
+        self.federation.executor.commit()
+        self.call("on_checkpoint_saved", path)
+
+    def _restore(self, tree: dict[str, Any]) -> None:
+        self.federation.load_state_dict(tree["federation"])
+        self.history.load_state_dict(tree["history"])
+        for callback, state in zip(self.callbacks, tree["callbacks"], strict=True):
+            callback.load_state_dict(state)
+        self.tracker.replay(self.history.rounds)
+
+    def _resume_state(self, ckpt_path: str | None) -> RunState | None:
+        if ckpt_path is None:
+            return None
+        if ckpt_path == "last" and self.folder.is_before_first_checkpoint():
+            # killed before the first checkpoint: nothing of worth was lost, start anew in the same folder
+            return None
+        config = self.config or None
+        return self.checkpoints.load(ckpt_path, config=config, ignore=RESUME_IGNORES)
+
+    def _prefix_of(self, ckpt_path: str | None) -> Tensor | None:
+        if ckpt_path is None:
+            return None
+        prefix: Tensor = self.checkpoints.load(ckpt_path).tree["federation"]["prefix"]
+        return prefix
+
+    def _load(self, prefix: Tensor | None) -> None:
+        if prefix is not None:
+            self.server.require_model()[1].load_prefix(prefix)
+
+
+def _as_list(value: Any) -> list[Any]:
+    if value is None:
+        return []
+    return list(value) if isinstance(value, list | tuple) else [value]
