@@ -5,6 +5,7 @@ The format is written here because the safetensors library orders metadata at ra
 state would have other bytes, and another checksum in the ledger, in every process.
 """
 
+import errno
 import json
 import math
 import mmap
@@ -248,13 +249,13 @@ def write_bytes_atomically(path: Path, data: bytes) -> None:
     try:
         _write_and_sync(temporary, data)
         os.replace(temporary, path)
-        _sync_folder(path.parent)
     except BaseException as error:
         temporary.unlink(missing_ok=True)
         if isinstance(error, OSError):
             reason = f"cannot write {path}: {error.strerror}; what was there before is unchanged"
             raise OSError(error.errno, reason) from error
         raise
+    _sync_folder(path.parent)
 
 
 def write_text_atomically(path: Path, text: str) -> None:
@@ -445,5 +446,8 @@ def _sync_folder(folder: Path) -> None:
     handle = os.open(folder, os.O_RDONLY)
     try:
         os.fsync(handle)
+    except OSError as error:
+        if error.errno != errno.EINVAL:  # some network file systems cannot sync a folder
+            raise
     finally:
         os.close(handle)
