@@ -112,7 +112,8 @@ class PromptContract:
             raise ValueError(f"a soft prompt has the shape (L, 2, K, P, D), got {self.shape}")
         if self.max_update_norm is not None and not self.max_update_norm > 0:
             raise ValueError(
-                f"`trainer.max_update_norm` must be above 0 or null, got {self.max_update_norm}"
+                "`trainer.communication.max_update_norm` must be above 0 or null, "
+                f"got {self.max_update_norm}"
             )
 
     @property
@@ -209,7 +210,7 @@ def decode_update(
         if not norm <= contract.max_update_norm:
             raise RejectedUpdate(
                 f"{sender} moved the soft prompt by a norm of {norm:.4g}, "
-                f"`trainer.max_update_norm` is {contract.max_update_norm:.4g}"
+                f"`trainer.communication.max_update_norm` is {contract.max_update_norm:.4g}"
             )
     return ClientUpdate(numbers["round_idx"], numbers["client_id"], prefix, numbers["num_examples"])
 
@@ -280,7 +281,9 @@ def describe(data: Buffer) -> dict[str, Any]:
 def _torch_dtype(wire_dtype: str) -> torch.dtype:
     if wire_dtype not in _WIRE_DTYPES:
         wanted = ", ".join(_WIRE_DTYPES)
-        raise ValueError(f"`trainer.wire_dtype` must be one of {wanted}, got {wire_dtype!r}")
+        raise ValueError(
+            f"`trainer.communication.wire_dtype` must be one of {wanted}, got {wire_dtype!r}"
+        )
     return _WIRE_DTYPES[wire_dtype]
 
 
@@ -294,8 +297,8 @@ def _check_range(prefix: Tensor, wire: Tensor, wire_dtype: WireDtype) -> None:
         largest = prefix.abs().nan_to_num(nan=0.0, posinf=0.0).max().item()
         raise MessageError(
             f"the soft prompt has {int(overflown.sum())} values beyond what "
-            f"`trainer.wire_dtype` {wire_dtype} holds, up to {largest:.4g}; "
-            "set `trainer.wire_dtype` to bfloat16 or float32"
+            f"`trainer.communication.wire_dtype` {wire_dtype} holds, up to {largest:.4g}; "
+            "set `trainer.communication.wire_dtype` to bfloat16 or float32"
         )
 
 
@@ -331,7 +334,7 @@ def _read_fields(data: Buffer, kind: str | None) -> tuple[Header, dict[str, int]
             f"got {version!r:.80}; run the same fedsp release on both sides"
         )
     if came not in _NUMBERS or kind not in (None, came):
-        raise MessageError(f"expected a {kind or 'known kind of message'}, got {came!r:.80}")
+        raise MessageError(f"expected the kind {kind or ' or '.join(_NUMBERS)}, got {came!r:.80}")
     if set(metadata) != {"fedsp_version", "kind", *_NUMBERS[came]}:
         raise MessageError(f"{came}: missing or extra metadata, got {sorted(metadata)!r:.200}")
     return header, {name: _parse_number(metadata[name], name) for name in _NUMBERS[came]}
