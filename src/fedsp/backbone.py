@@ -6,18 +6,19 @@ Axis letters: B batch, T text tokens, P virtual tokens, L layers, K key/value he
 E embedding size, V vocabulary, N label positions.
 """
 
-import inspect
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from functools import partial
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel
 from transformers.cache_utils import Cache, DynamicCache, DynamicLayer
 
+from fedsp.positions import mask_with_prompt, padding_to_the_right, rotate, text_positions
 from fedsp.pretrained import (
     NAME_OPTION,
     BackboneSpec,
@@ -83,6 +84,7 @@ class Backbone(nn.Module):
                 f"virtual tokens, got {spec.position_offset}."
             )
         self.model = model
+        self.training = model.training
         self.spec = spec
         self.kv_shape = describe(model)
         self.vocab_size, self.hidden_size = model.get_output_embeddings().weight.shape
@@ -121,7 +123,14 @@ class Backbone(nn.Module):
         """
         start = self._start(prefix)
         self._check_length(start + input_ids.shape[1])
-        return self._run(input_ids, attention_mask, self._read_only_cache(prefix), start)
+        cache = self._read_only_cache(prefix)
+        if cache is None or not self._slides(cache.get_seq_length() + input_ids.shape[1]):
+            return self._run(input_ids, attention_mask, cache, start)
+        # Windows count places, padding included: on the left it would push the prompt away.
+        there, back = padding_to_the_right(attention_mask)
+        text, mask = input_ids.gather(1, there), attention_mask.gather(1, there)
+        hidden = self._run(text, mask, cache, start)
+        return hidden.gather(1, back[:, :, None].expand_as(hidden))
 
     def logits(self, hidden: Tensor) -> Tensor:
         """Score the vocabulary.
@@ -208,12 +217,15 @@ class Backbone(nn.Module):
         if self.model.get_input_embeddings().weight.dtype != self.dtype:
             raise RuntimeError("`generate` needs embeddings and layers of one dtype.")
         start = self._start(prefix)
-        self._check_length(start + input_ids.shape[1] + (kwargs.get("max_new_tokens") or 0))
-        positions = _positions(attention_mask, start)
+        length = start + input_ids.shape[1] + (kwargs.get("max_new_tokens") or 0)
+        self._check_length(length)
+        positions = text_positions(attention_mask, start)
         if prefix is not None and prefix.shape[3] > 0:
+            if self._slides(length + prefix.shape[3]) and not bool(attention_mask.all()):
+                return self._generate_by_row(input_ids, attention_mask, prefix, kwargs)
             beams = max(kwargs.get("num_beams", 1), kwargs.get("num_return_sequences", 1))
             kwargs["past_key_values"] = self._growing_cache(prefix, len(input_ids) * beams)
-            attention_mask = _with_prefix(attention_mask, prefix.shape[3])
+            attention_mask = mask_with_prompt(attention_mask, prefix.shape[3])
         generate: Any = self.model.generate
         return generate(input_ids, attention_mask=attention_mask, position_ids=positions, **kwargs)
 
@@ -232,20 +244,21 @@ class Backbone(nn.Module):
             ValueError: If the model has learned positions, or its rotation is not the usual one.
         """
         self._check_prefix(prefix)
-        kind = self.model.config.model_type
-        if self._rotary() is None:
+        kind, rotary = self.model.config.model_type, self._rotary()
+        if rotary is None:
             raise ValueError(
                 f"a prompt can only be moved along rotary positions, and {kind} has learned ones: "
                 "trained with `model.backbone.position_offset: 0`, it fits no other offset."
             )
         ids = torch.arange(4, device=self.model.device)[None] % self.vocab_size
         here, there = (self._keys_values(ids, start) for start in (0, by))
-        if not _close(self._rotate(here, by), there, self.dtype):
+        layer_types = text_option(self.model, "layer_types")
+        if not _close(rotate(here, rotary, by, layer_types), there, self.dtype):
             raise ValueError(
                 "a prompt can only be moved where half of each head is turned against the other "
                 f"at fixed frequencies, and {kind} does otherwise. Keep `position_offset` as it is."
             )
-        return self._rotate(prefix, by)
+        return rotate(prefix, rotary, by, layer_types)
 
     @torch.no_grad()
     def check(self) -> None:
@@ -267,9 +280,16 @@ class Backbone(nn.Module):
 
     def _start(self, prefix: Tensor | None) -> int:
         """Return the position of the first text token."""
+        if prefix is not None:
+            self._check_prefix(prefix)
         if self.spec.position_offset is not None:
             return self.spec.position_offset
         return 0 if prefix is None else prefix.shape[3]
+
+    def _slides(self, num_places: int) -> bool:
+        """Whether some layer sees less than the last `num_places` keys."""
+        window = text_option(self.model, "sliding_window")
+        return window is not None and num_places > window
 
     def _rotary(self) -> nn.Module | None:
         return dict(self.decoder.named_children()).get("rotary_emb")
@@ -284,29 +304,37 @@ class Backbone(nn.Module):
             output = self.decoder(
                 # An auxiliary model shares bfloat16 embeddings under float32 layers.
                 inputs_embeds=embeds.to(self.dtype),
-                attention_mask=_with_prefix(attention_mask, num_virtual_tokens),
-                position_ids=_positions(attention_mask, start),
+                attention_mask=mask_with_prompt(attention_mask, num_virtual_tokens),
+                position_ids=text_positions(attention_mask, start),
                 past_key_values=cache,
                 use_cache=False,
             )
         return output.last_hidden_state
 
     def _read_only_cache(self, prefix: Tensor | None) -> Cache | None:
-        if prefix is None:
-            return None
-        self._check_prefix(prefix)
-        if prefix.shape[3] == 0:
+        if prefix is None or prefix.shape[3] == 0:
             return None
         return Cache(layers=[_PrefixLayer(*layer.unbind()) for layer in prefix.unbind()])
 
     def _growing_cache(self, prefix: Tensor, rows: int) -> Cache:
-        self._check_prefix(prefix)
         # Without a config no layer is cut to its sliding window; the masks see to the windows.
         cache = DynamicCache()
         for index, (keys, values) in enumerate(prefix.to(self.dtype).unbind()):
             shape = (rows, -1, -1, -1)
             cache.update(keys.expand(shape), values.expand(shape), index)
         return cache
+
+    def _generate_by_row(
+        self, input_ids: Tensor, attention_mask: Tensor, prefix: Tensor, kwargs: dict[str, Any]
+    ) -> Tensor:
+        """Generate without padding, which would push the prompt out of the sliding windows."""
+        rows = []
+        for ids, mask in zip(input_ids, attention_mask.bool(), strict=True):
+            new = self.generate(ids[mask][None], mask[mask][None].long(), prefix, **kwargs)
+            rows.append(torch.cat([ids[~mask].expand(len(new), -1), new], dim=1))
+        pad = input_ids[attention_mask == 0][0].item()
+        length = max(row.shape[1] for row in rows)
+        return torch.cat([F.pad(row, (0, length - row.shape[1]), value=pad) for row in rows])
 
     def _keys_values(self, input_ids: Tensor, start: int) -> Tensor:
         cache = DynamicCache()
@@ -321,22 +349,6 @@ class Backbone(nn.Module):
                 f"values of (heads, key size, value size) = {expected}, got {got}."
             )
         return torch.stack([torch.cat([layer.keys, layer.values]) for layer in layers]).float()
-
-    def _rotate(self, prefix: Tensor, by: int) -> Tensor:
-        rotary: Any = self._rotary()
-        positions = torch.tensor([[0, by]], device=prefix.device)
-        per_layer = "layer_type" in inspect.signature(rotary.forward).parameters
-        rotated = []
-        for index, (keys, values) in enumerate(prefix.float().unbind()):
-            kind = (text_option(self.model, "layer_types")[index],) if per_layer else ()
-            cosine, sine = rotary(keys, positions, *kind)
-            turning, fixed = keys.tensor_split([cosine.shape[-1]], dim=-1)
-            first, second = turning.chunk(2, dim=-1)
-            across = torch.cat([-second, first], dim=-1)
-            # Some models scale cosine and sine; the keys carry that factor, cos 0 tells it.
-            turned = (turning * cosine[0, 1] + across * sine[0, 1]) / cosine[0, 0]
-            rotated.append(torch.stack([torch.cat([turned, fixed], dim=-1), values]))
-        return torch.stack(rotated).to(prefix.dtype)
 
     def _check_prefix(self, prefix: Tensor) -> None:
         num_layers, num_kv_heads, head_dim = self.kv_shape
@@ -397,17 +409,6 @@ def _checkpointed(layers: nn.ModuleList) -> Iterator[None]:
             attributes.pop("forward", None)
             if forward is not None:
                 attributes["forward"] = forward
-
-
-def _positions(attention_mask: Tensor, start: int) -> Tensor:
-    """[B, T] positions that count real tokens from `start`, whichever side the padding is on."""
-    return (attention_mask.long().cumsum(-1) - 1).clamp(min=0) + start
-
-
-def _with_prefix(attention_mask: Tensor, num_virtual_tokens: int) -> Tensor:
-    """[B, P + T] mask in which every virtual token counts."""
-    virtual = attention_mask.new_ones(len(attention_mask), num_virtual_tokens)
-    return torch.cat([virtual, attention_mask], dim=1)
 
 
 def _close(got: Tensor, expected: Tensor, dtype: torch.dtype) -> bool:

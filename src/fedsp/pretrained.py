@@ -193,6 +193,11 @@ def _loading(option: str, name: str) -> Iterator[None]:
     try:
         yield
     except (OSError, ValueError, SafetensorError) as error:
+        if "attention implementation" in str(error):
+            raise ValueError(
+                f"`model.backbone.attn_implementation` must be one that {name!r} has, which is not "
+                "sdpa. Set it to eager."
+            ) from error
         raise ValueError(f"`{option}`: {name!r} could not be loaded: {error}") from error
 
 
