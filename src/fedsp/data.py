@@ -71,7 +71,8 @@ class FederatedDataModule(LightningDataModule):
             tokenizer: Folder, hub id or `fedsp://NAME`, normally that of the global model.
             max_tokens: Longest example in tokens; longer prompts are cut on the left. Null: what
                 the model's positions leave beside the virtual tokens.
-            cache_dir: Folder for tokenised data. Null: `$FEDSP_CACHE`, else `~/.cache/fedsp`.
+            cache_dir: Folder for tokenised data. Null: `$FEDSP_CACHE`, else `~/.cache/fedsp`; an
+                empty string keeps none.
             seed: Seed of carving, partitioning and the order of batches.
         """
         super().__init__()
@@ -83,8 +84,9 @@ class FederatedDataModule(LightningDataModule):
             "test": test, "selection": selection, "server": server, "public": public
         }  # fmt: skip
         self.tokenizer_name, self.max_tokens = tokenizer, max_tokens
-        default_cache = os.environ.get("FEDSP_CACHE") or "~/.cache/fedsp"
-        self.cache_dir = Path(cache_dir or default_cache).expanduser()
+        if cache_dir is None:
+            cache_dir = os.environ.get("FEDSP_CACHE") or "~/.cache/fedsp"
+        self.cache_dir = Path(cache_dir).expanduser() if cache_dir else None
         self.client_names: list[str] = []
         self._tokenizer: PreTrainedTokenizerBase | None = None
         self._datasets: dict[str, Dataset] = {}
@@ -176,8 +178,10 @@ class FederatedDataModule(LightningDataModule):
 
     def _encode(self, role: str, dataset: Dataset) -> TokenStore:
         task = self.public_task if role == "public" else self.task
-        key = f"{content_hash(dataset)}/{task!r}/{tokenizer_hash(self.tokenizer)}"
         try:
+            if self.cache_dir is None:
+                return TokenStore.from_examples(task.encode_all(dataset, self.tokenizer))
+            key = f"{content_hash(dataset)}/{task!r}/{tokenizer_hash(self.tokenizer)}"
             return load_or_build(
                 self.cache_dir, key, lambda: task.encode_all(dataset, self.tokenizer)
             )

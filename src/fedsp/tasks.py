@@ -185,12 +185,13 @@ class MultipleChoice(Task):
 
     def _answer(self, row: Row, row_idx: int, num_choices: int) -> int:
         value = _field("answer", self.answer, row, row_idx)
-        labels = list(string.ascii_uppercase[:num_choices])
-        if self.labels is not None:
-            labels = [str(label) for label in _field("labels", self.labels, row, row_idx)]
-        if str(value) in labels and (self.labels is not None or isinstance(value, str)):
+        labels = self._labels(row, row_idx, num_choices)
+        # an index is not looked for among labels that are numbers themselves: 1 of "1", "2" is the
+        # first
+        indexable = self.labels is None or not any(label.isdecimal() for label in labels)
+        if str(value) in labels:
             answer = labels.index(str(value))
-        elif isinstance(value, int) or (isinstance(value, str) and value.isdecimal()):
+        elif indexable and (isinstance(value, int) or str(value).isdecimal()):
             answer = int(value)
         else:
             answer = -1
@@ -201,6 +202,17 @@ class MultipleChoice(Task):
                 f"row {row_idx}. Labels of another field are named by `data.task.labels`."
             )
         return answer
+
+    def _labels(self, row: Row, row_idx: int, num_choices: int) -> list[str]:
+        if self.labels is None:
+            return list(string.ascii_uppercase[:num_choices])
+        labels = _field("labels", self.labels, row, row_idx)
+        if not isinstance(labels, list) or len(labels) != num_choices:
+            raise ValueError(
+                f"`data.task.labels`={self.labels!r} must give one label for each of the "
+                f"{num_choices} choices, got {labels!r} in row {row_idx}."
+            )
+        return [str(label) for label in labels]
 
 
 @dataclass(frozen=True)

@@ -50,8 +50,8 @@ def _load(path: Path) -> TokenStore | None:
     try:
         state = load_state(path)
         return TokenStore({name: state[name].numpy() for name in ARRAYS})
-    except FileNotFoundError:
+    except (FileNotFoundError, NotADirectoryError):
         return None
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        warnings.warn(f"The token cache {path} is damaged and built anew: {error}.", stacklevel=3)
+        warnings.warn(f"The token cache {path} is unusable and built anew: {error}.", stacklevel=3)
         return None
