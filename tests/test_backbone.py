@@ -28,6 +28,7 @@ from families import (
 from fedsp.backbone import Backbone, BackboneSpec, load_backbone
 
 P = 5
+SLIDING = ["gemma2", "gemma3_text", "mistral"]
 EVERY_FAMILY = pytest.mark.parametrize("family", FAMILIES)
 EVERY_KERNEL = pytest.mark.parametrize(("family", "kernel"), WITH_KERNELS)
 
@@ -131,7 +132,21 @@ def test_a_prompt_of_real_tokens_equals_the_tokens(
     torch.testing.assert_close(got, whole, atol=1e-5, rtol=1e-5)
 
 
-@pytest.mark.parametrize("family", ["gemma2", "gemma3_text", "mistral"])
+@pytest.mark.parametrize("family", SLIDING)
+def test_a_prompt_longer_than_the_window_is_kept_whole(family: str) -> None:
+    backbone = tiny_backbone(family)
+    ids, _ = random_text(rows=1, length=16)
+    mask = torch.ones_like(ids)
+    prefix = backbone.keys_values(ids[:, :11])
+    whole = logits_of(backbone, ids, mask, None)[:, 11:]
+    got = logits_of(backbone, ids[:, 11:], mask[:, 11:], prefix)
+    torch.testing.assert_close(got, whole, atol=1e-5, rtol=1e-5)
+    options = {"max_new_tokens": 4, "do_sample": False, "pad_token_id": 0, "eos_token_id": None}
+    generated = backbone.generate(ids[:, 11:], mask[:, 11:], prefix, **options)[0, 5:]
+    assert generated.tolist() == greedy(backbone, ids, None, 4)
+
+
+@pytest.mark.parametrize("family", SLIDING)
 def test_the_prompt_slides_out_of_a_sliding_window(family: str) -> None:
     config = tiny_config(family, sliding_window=4)
     if "layer_types" in config:

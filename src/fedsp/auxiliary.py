@@ -88,9 +88,12 @@ class Auxiliary(nn.Module):
         Returns:
             Contiguous CPU tensors by name; those of `trainable()` under the same names.
         """
+        model = self.backbone.model
+        saved = model.state_dict(keep_vars=True).keys()
+        buffers = ((name, buffer) for name, buffer in model.named_buffers() if name in saved)
         return {
-            name: parameter.detach().to("cpu", copy=True).contiguous()
-            for name, parameter in self.backbone.model.named_parameters()
+            name: tensor.detach().to("cpu", copy=True).contiguous()
+            for name, tensor in (*model.named_parameters(), *buffers)
         }
 
     def num_parameters(self) -> int:
