@@ -1,0 +1,34 @@
+from collections import Counter
+
+import pytest
+
+from fedsp.sampling import UniformSampler
+
+
+def test_every_client_takes_part_by_default() -> None:
+    assert UniformSampler().cohort(5, seed=0, round_idx=3) == [0, 1, 2, 3, 4]
+
+
+def test_a_cohort_is_a_function_of_seed_and_round() -> None:
+    sampler = UniformSampler(clients_per_round=3)
+    cohorts = [sampler.cohort(10, seed=0, round_idx=r) for r in range(20)]
+    assert cohorts == [sampler.cohort(10, seed=0, round_idx=r) for r in range(20)]
+    assert len({tuple(cohort) for cohort in cohorts}) > 10
+    assert cohorts != [sampler.cohort(10, seed=1, round_idx=r) for r in range(20)]
+    assert all(len(set(cohort)) == 3 and cohort == sorted(cohort) for cohort in cohorts)
+
+
+def test_clients_are_drawn_uniformly() -> None:
+    sampler = UniformSampler(clients_per_round=3)
+    counts = Counter(c for r in range(2000) for c in sampler.cohort(10, seed=0, round_idx=r))
+    # binomial(2000, 0.3): mean 600, standard deviation 20.5; five deviations
+    assert all(abs(counts[client] - 600) < 103 for client in range(10))
+
+
+def test_no_clients_at_all_are_allowed() -> None:
+    assert UniformSampler(clients_per_round=0).cohort(4, seed=0, round_idx=0) == []
+
+
+def test_more_clients_than_there_are_is_refused_by_name() -> None:
+    with pytest.raises(ValueError, match=r"clients_per_round` must be in \[0, num_clients=10\], got 12"):
+        UniformSampler(clients_per_round=12).cohort(10, seed=0, round_idx=0)
