@@ -1,0 +1,71 @@
+import math
+
+import pytest
+import torch
+
+from fedsp.history import Evaluation, History
+
+PREFIX = torch.zeros(1, 2, 1, 1, 1)
+
+
+def _offer(history: History, *losses: float) -> list[bool]:
+    return [
+        history.offer(r, {"server/val_loss": loss}, PREFIX + r) for r, loss in enumerate(losses)
+    ]
+
+
+def test_the_lowest_loss_is_the_best_round() -> None:
+    history = History(Evaluation())
+    assert _offer(history, 3.0, 2.0, 2.5, 2.0) == [True, True, False, False]
+    assert history.best is not None
+    assert (history.best.round_idx, history.best.value) == (1, 2.0)
+    assert torch.equal(history.best.prefix, PREFIX + 1)
+
+
+def test_the_highest_accuracy_is_the_best_round() -> None:
+    history = History(Evaluation(monitor="server/val_accuracy", mode="max"))
+    for round_idx, value in enumerate((0.2, 0.5, 0.4)):
+        history.offer(round_idx, {"server/val_accuracy": value}, PREFIX)
+    assert history.best is not None
+    assert history.best.round_idx == 1
+
+
+def test_a_loss_that_is_not_finite_is_never_the_best() -> None:
+    history = History(Evaluation())
+    assert _offer(history, math.nan, 5.0, math.nan, -math.inf) == [False, True, False, False]
+
+
+def test_patience_counts_evaluations_without_a_better_value() -> None:
+    history = History(Evaluation(patience=2))
+    _offer(history, 3.0, 2.0, 2.5)
+    assert not history.should_stop
+    history.offer(3, {"server/val_loss": 2.1}, PREFIX)
+    assert history.should_stop
+
+
+def test_evaluations_are_due_every_n_rounds_and_after_the_last() -> None:
+    history = History(Evaluation(every_n_rounds=3))
+    assert [r for r in range(8) if history.is_due(r, 8)] == [2, 5, 7]
+
+
+def test_an_unknown_metric_to_monitor_names_the_known_ones() -> None:
+    history = History(Evaluation(monitor="val_loss"))
+    with pytest.raises(ValueError, match=r"monitor` must be one of \['server/val_loss'\], got 'val_loss'"):
+        history.offer(0, {"server/val_loss": 1.0}, PREFIX)
+
+
+@pytest.mark.parametrize(("option", "value"), [("every_n_rounds", 0), ("patience", 0)])
+def test_numbers_below_one_are_refused(option: str, value: int) -> None:
+    with pytest.raises(ValueError, match=f"`trainer.evaluation.{option}` must be at least 1"):
+        Evaluation(**{option: value})
+
+
+def test_a_history_survives_its_state() -> None:
+    history = History(Evaluation(patience=5))
+    history.add({"round": 0.0, "server/val_loss": 2.0})
+    history.zero_shot = {"server/val_loss": 4.0}
+    _offer(history, 3.0, 2.0, 2.5)
+    restored = History(Evaluation(patience=5))
+    restored.load_state_dict(history.state_dict())
+    assert restored.state_dict() == history.state_dict()
+    assert restored.rounds_done == 1
