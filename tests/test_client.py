@@ -1,0 +1,81 @@
+from pathlib import Path
+
+import pytest
+import torch
+from tiny import make_client, make_server
+
+from fedsp.auxiliary import KeptLayers, SharedCell
+from fedsp.client import ClientModule
+from fedsp.messages import ServerBroadcast
+from fedsp.stages import Stage
+
+
+def _installed(tmp_path: Path, recipe: SharedCell | KeptLayers, **options: object) -> ClientModule:
+    server = make_server(tmp_path)
+    server.configure_model()
+    client = make_client(**options)
+    client.install(recipe.build(server.require_model()[0]), num_virtual_tokens=4)
+    return client
+
+
+def _broadcast() -> ServerBroadcast:
+    prefix = torch.randn(4, 2, 4, 4, 8, generator=torch.Generator().manual_seed(0))
+    return ServerBroadcast(3, prefix)
+
+
+def test_an_untrained_client_returns_the_broadcast_bit_for_bit(tmp_path: Path) -> None:
+    for recipe in (SharedCell(), KeptLayers(layers=[0, 3])):
+        for size in (None, 5):
+            client = _installed(tmp_path, recipe, reparameterization_size=size)
+            client.receive(_broadcast())
+            update = client.update(client_id=1, num_examples=7)
+            assert (update.round_idx, update.client_id, update.num_examples) == (3, 1, 7)
+            assert torch.equal(update.prefix, _broadcast().prefix)
+
+
+def test_layers_that_the_auxiliary_lacks_keep_the_servers_values(tmp_path: Path) -> None:
+    client = _installed(tmp_path, KeptLayers(layers=[0, 3]))
+    client.receive(_broadcast())
+    with torch.no_grad():
+        client.require_model()[1].values.add_(1.0)
+    prefix = client.update(0, 1).prefix
+    assert torch.equal(prefix[1:3], _broadcast().prefix[1:3])
+    assert torch.equal(prefix[[0, 3]], _broadcast().prefix[[0, 3]] + 1.0)
+
+
+@pytest.mark.parametrize("stage", ["auxiliary", "soft_prompt"])
+def test_a_stage_trains_its_part_and_freezes_the_other(tmp_path: Path, stage: str) -> None:
+    client = _installed(tmp_path, SharedCell())
+    client.receive(_broadcast())
+    client.set_stage(stage)
+    ids = torch.randint(1, 250, (2, 9))
+    batch = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": ids}
+    client.training_step(batch, 0).backward()
+    auxiliary, prompt = client.require_model()
+    trained = {"auxiliary": auxiliary.trainable().values(), "soft_prompt": prompt.parameters()}
+    for name, parameters in trained.items():
+        for parameter in parameters:
+            assert (parameter.grad is not None) == (name == stage)
+    assert auxiliary.training == (stage == "auxiliary")
+    assert prompt.training == (stage == "soft_prompt")
+
+
+def test_private_state_round_trips(tmp_path: Path) -> None:
+    client = _installed(tmp_path, SharedCell(), reparameterization_size=5)
+    before = client.private_state()
+    with torch.no_grad():
+        for parameter in client.parameters():
+            parameter.add_(1.0)
+    client.load_private_state(before)
+    after = client.private_state()
+    assert all(torch.equal(after["auxiliary"][k], v) for k, v in before["auxiliary"].items())
+    assert all(torch.equal(after["soft_prompt"][k], v) for k, v in before["soft_prompt"].items())
+
+
+def test_a_client_that_trains_no_auxiliary_keeps_none(tmp_path: Path) -> None:
+    assert _installed(tmp_path, SharedCell(), auxiliary=Stage(steps=0)).private_state() == {}
+
+
+def test_an_update_before_a_broadcast_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(RuntimeError, match="call `receive\\(\\)` first"):
+        _installed(tmp_path, SharedCell()).update(0, 1)
