@@ -21,7 +21,7 @@ class RunFolder:
         self.checkpoints = self.path / "checkpoints"
         self.clients = self.path / "clients"
         self.ledger = self.path / "ledger.jsonl"
-        self.metrics = self.path / "metrics"
+        self.metrics = self.path / "csv" / "metrics.csv"
         self.adapter = self.path / "adapter"
         self.results = self.path / "results.json"
         self.predictions = self.path / "predictions.jsonl"
@@ -51,7 +51,7 @@ class RunFolder:
 
     def is_before_first_checkpoint(self) -> bool:
         """Whether a run was started here and stopped before it had anything to go on from."""
-        return self.config.exists() and not any(self.checkpoints.glob("round-*"))
+        return self.ledger.exists() and not any(self.checkpoints.glob("round-*"))
 
     def create(self, config: str) -> None:
         """Create the folder and keep the configuration of the first start.

@@ -6,14 +6,21 @@ from pathlib import Path
 from typing import Any
 
 from lightning.fabric.loggers import Logger
-from lightning.pytorch.loggers import CSVLogger, WandbLogger
+from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger, WandbLogger
 
 LoggerFactory = Callable[[str], Logger]
 
 
 def csv_logger(save_dir: str) -> Logger:
-    """Return a logger that keeps one `metrics.csv` in the run's folder."""
-    return CSVLogger(save_dir, name="", version="", flush_logs_every_n_steps=1)
+    """Return a logger that keeps `csv/metrics.csv`, one row a round, in the run's folder."""
+    # Lightning deletes the file of an earlier start with a warning; `Tracker.replay` writes its rounds again
+    Path(save_dir, "csv", "metrics.csv").unlink(missing_ok=True)
+    return CSVLogger(save_dir, name="csv", version="", flush_logs_every_n_steps=1)
+
+
+def tensorboard_logger(save_dir: str) -> Logger:
+    """Return a TensorBoard logger with its files in `tensorboard` in the run's folder."""
+    return TensorBoardLogger(save_dir, name="tensorboard", version="")
 
 
 def wandb_logger(
@@ -33,9 +40,8 @@ def wandb_logger(
     """
     if offline is None:
         offline = "WANDB_MODE" not in os.environ and "WANDB_API_KEY" not in os.environ
-    folder = Path(save_dir)
     return WandbLogger(
-        name=name or folder.parent.name, save_dir=str(folder), project=project, offline=offline
+        name=name or Path(save_dir).name, save_dir=save_dir, project=project, offline=offline
     )
 
 
@@ -52,15 +58,13 @@ class Tracker:
             save_dir: That folder.
             enabled: False for every process but the one with rank zero.
         """
-        save_dir.mkdir(parents=True, exist_ok=True)
-        # a logger that finds its old file deletes it with a warning; `replay` writes it anew from the history
-        (save_dir / "metrics.csv").unlink(missing_ok=True)
         self.loggers = [factory(str(save_dir)) for factory in factories] if enabled else []
 
     def log_config(self, config: dict[str, Any]) -> None:
-        """Log the run's configuration as hyperparameters."""
+        """Log the run's configuration as hyperparameters; beside the CSV file lies `config.yaml` already."""
         for logger in self.loggers:
-            logger.log_hyperparams(config)
+            if not isinstance(logger, CSVLogger):
+                logger.log_hyperparams(config)
 
     def log(self, metrics: dict[str, float], round_idx: int) -> None:
         """Log a round.
@@ -73,11 +77,10 @@ class Tracker:
             logger.log_metrics({**metrics, "round": round_idx}, step=round_idx)
 
     def replay(self, history: Sequence[dict[str, float]]) -> None:
-        """Write the rounds before a resume into the file loggers, whose file begins anew at every start."""
-        for logger in self.loggers:
-            if isinstance(logger, CSVLogger):
-                for metrics in history:
-                    logger.log_metrics(metrics, step=int(metrics["round"]))
+        """Log the rounds before a resume again, since every start begins a log of its own."""
+        for metrics in history:
+            for logger in self.loggers:
+                logger.log_metrics(metrics, step=int(metrics["round"]))
 
     def finalize(self, status: str = "success") -> None:
         """Flush and close the loggers; Fabric does not do it."""
