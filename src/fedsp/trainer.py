@@ -91,7 +91,7 @@ class FederatedTrainer:
                 of the global model set `model.backbone.dtype`.
             plugins: Fabric plugins.
             callbacks: Called at the points of a run that `fedsp.callbacks` names.
-            logger: Functions or classes called with the folder for their files; null writes `metrics.csv`.
+            logger: Functions or classes called with the folder for their files; null writes `csv/metrics.csv`.
             num_rounds: Communication rounds, at least 0.
             sampler: Chooses each round's cohort; null takes every client.
             aggregator: Combines the updates; null averages them.
@@ -166,8 +166,9 @@ class FederatedTrainer:
         self.folder.check(resume=ckpt_path is not None)
         state = self._resume_state(ckpt_path)
         self._launch(model, datamodule, "fit")
-        self._open(client, state)
+        self._claim_folder()
         try:
+            self._open(client, state)
             while self.history.rounds_done < self.num_rounds and not self.history.should_stop:
                 self._run_round(self.history.rounds_done)
             self._conclude()
@@ -342,17 +343,21 @@ class FederatedTrainer:
         data.prepare_data()
         data.setup(stage)
 
+    def _claim_folder(self) -> None:
+        """Make the last checks, then create the run's files: from here on a run can be resumed."""
+        self.sampler.cohort(self.data.num_clients, seed=self.seed, round_idx=0)
+        check_public_data(self.data, self.server.initial_distillation)
+        self.folder.create(self.config_text)
+        self.ledger = Ledger(self.folder.ledger, next_attempt(self.folder.ledger))
+        self.tracker = Tracker(self.loggers, self.folder.path)
+        self.tracker.log_config(self.config)
+
     def _open(self, client: ClientModule, state: RunState | None) -> None:
         """Prepare everything between loading and the first round, or put it back as it was."""
         server, data = self.server, self.data
         cohort = self.sampler.cohort(data.num_clients, seed=self.seed, round_idx=0)
-        check_public_data(data, server.initial_distillation)
         prompt = server.require_model()[1]
         server.initialize_prompt(data.sample_ids(prompt.num_virtual_tokens))
-        self.folder.create(self.config_text)
-        self.ledger = Ledger(self.folder.ledger, next_attempt(self.folder.ledger))
-        self.tracker = Tracker(self.loggers, self.folder.metrics)
-        self.tracker.log_config(self.config)
         self.preparation = prepare_auxiliary(
             self.fabric, server, data, kept=self.folder.auxiliary, trainer=self
         )
