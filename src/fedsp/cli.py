@@ -77,7 +77,7 @@ class FederatedCLI(LightningCLI):
         self.client = self._get(self.config_init, "client")
         parser = self._parser(self.subcommand)
         config = self.config[self.subcommand] if self.subcommand else self.config
-        text = parser.dump(config, skip_link_targets=True, skip_none=False)
+        text = parser.dump(config, skip_unset=False)
         self.trainer.config_text = text
         self.trainer.config = yaml.safe_load(text)
 

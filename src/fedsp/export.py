@@ -51,7 +51,7 @@ def export_adapter(
     folder.mkdir(parents=True, exist_ok=True)
     config = PrefixTuningConfig(
         task_type="CAUSAL_LM",
-        base_model_name_or_path=resolve(base_model),
+        base_model_name_or_path=base_model if backbone.spec.config else resolve(base_model),
         num_virtual_tokens=num_tokens,
         num_layers=num_layers,
         token_dim=num_heads * head_dim,
