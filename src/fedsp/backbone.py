@@ -269,9 +269,10 @@ class Backbone(nn.Module):
             ValueError: If keys, values, positions or head are not where they are taken to be.
         """
         ids = torch.arange(4, device=self.model.device)[None] % self.vocab_size
-        expected = self.model(input_ids=ids, use_cache=False).logits[:, 2:]
+        mask = torch.ones_like(ids)
+        expected = self.model(input_ids=ids, attention_mask=mask, use_cache=False).logits[:, 2:]
         cache = self._read_only_cache(self._keys_values(ids[:, :2], 0))
-        got = self.logits(self._run(ids[:, 2:], torch.ones_like(ids[:, 2:]), cache, 2))
+        got = self.logits(self._run(ids[:, 2:], mask[:, 2:], cache, 2))
         if not _close(got, expected, self.dtype):
             raise ValueError(
                 f"`{NAME_OPTION}` must be a causal language model whose logits are its output "
