@@ -1,10 +1,13 @@
 """Which examples form a batch at which step: pure functions of the seed, the owner and the step."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
-from torch.utils.data import Sampler
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader, Sampler
 
 from fedsp.seeding import numpy_stream
 
@@ -138,3 +141,24 @@ def eval_batches(
         batches[-1].append(idx)
         room -= num_rows[idx]
     return batches
+
+
+def make_loader(
+    examples: Sequence[Any],
+    batches: Iterable[list[int]],
+    collate_fn: Callable[[list[Any]], dict[str, Tensor]],
+) -> DataLoader[Any]:
+    """Make a loader over given batches that leaves torch's global random stream alone.
+
+    Args:
+        examples: What the batches' indices point at.
+        batches: Indices of each batch.
+        collate_fn: Makes a batch of its examples.
+    """
+    return DataLoader(
+        examples,  # type: ignore[arg-type]
+        batch_sampler=batches,
+        collate_fn=collate_fn,
+        # without one of its own every start of a loader draws from the global generator
+        generator=torch.Generator(),
+    )

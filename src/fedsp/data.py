@@ -5,13 +5,13 @@ Rounds, cohorts and models are unknown here.
 """
 
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import partial
 from itertools import chain
 from pathlib import Path
 from typing import Any
 
-import torch
 from datasets import Dataset
 from lightning.pytorch import LightningDataModule
 from torch import Tensor
@@ -19,7 +19,7 @@ from torch.utils.data import DataLoader
 from transformers import PreTrainedTokenizerBase
 
 from fedsp.backbone import BackboneSpec, load_tokenizer, resolve
-from fedsp.batching import Batching, StepBatches, eval_batches
+from fedsp.batching import Batching, StepBatches, eval_batches, make_loader
 from fedsp.collate import collate, collate_choices, collate_prompts
 from fedsp.examples import TokenStore
 from fedsp.partition import Partitioner, carve
@@ -55,17 +55,16 @@ class FederatedDataModule(LightningDataModule):
     ) -> None:
         """Store the configuration; nothing is read before `prepare_data` or `setup`.
 
-        A split is a source of its own, or is carved out of the clients' source before partitioning:
-        a whole number of rows, or a fraction in (0, 1) of that source. Null: there is none.
-
         Args:
             clients: Source of the clients' data.
             task: What a row means.
-            partitioner: Who owns which row of what is left after carving.
-            server: Data the server trains on.
-            public: Data for distilling the auxiliary model; must not hold clients' examples.
-            selection: Data that chooses the best round.
-            test: Data that is only scored at the end.
+            partitioner: Who owns which row of the clients' data, of what is left after carving.
+            server: Data the server trains on: a source of its own, or carved out of the clients'
+                source as a number of rows or as a fraction in (0, 1). Null: none.
+            public: Data for distilling the auxiliary model, as `server`; clients' examples must not
+                occur in it.
+            selection: Data that chooses the best round, as `server`.
+            test: Data that is only scored at the end, as `server`.
             public_task: What a row of the public data means. Null: as `task`.
             batching: How examples are put together.
             tokenizer: Folder, hub id or `fedsp://NAME`, normally that of the global model.
@@ -94,8 +93,6 @@ class FederatedDataModule(LightningDataModule):
         self._clients: list[Portion] = []
         self._is_set_up = False
 
-    # --- preparation ------------------------------------------------------------------------------
-
     def limit_tokens(self, max_tokens: int) -> None:
         """Take over what the model's positions leave for text; call it before `setup`.
 
@@ -104,7 +101,7 @@ class FederatedDataModule(LightningDataModule):
 
         Raises:
             ValueError: If `data.max_tokens` is above it.
-            RuntimeError: If the data is set up already with a longer limit or none.
+            RuntimeError: If the data is set up already without a limit.
         """
         if self.max_tokens is not None and self.max_tokens > max_tokens:
             raise ValueError(
@@ -130,8 +127,7 @@ class FederatedDataModule(LightningDataModule):
             stage: Lightning's stage; without effect.
 
         Raises:
-            ValueError: If the data cannot be what the configuration says; the text names the
-                option.
+            ValueError: If the data cannot be what the configuration says.
         """
         if self._is_set_up:
             return
@@ -168,42 +164,45 @@ class FederatedDataModule(LightningDataModule):
             check_filled(owner, portion, self.max_tokens)
 
     def _read(self) -> None:
-        roles = {"clients": self.clients, **self.splits}
-        for role, source in roles.items():
+        for role, source in {"clients": self.clients, **self.splits}.items():
             if isinstance(source, DataSource) and role not in self._datasets:
-                try:
+                with self._naming(role):
                     self._datasets[role] = source.load()
-                except ValueError as error:
-                    raise ValueError(f"`data.{role}`: {error}") from error
 
     def _encode(self, role: str, dataset: Dataset) -> TokenStore:
-        task = self.public_task if role == "public" else self.task
-        try:
+        task, tokenizer = self._task(role), self.tokenizer
+        with self._naming(role):
             if self.cache_dir is None:
-                return TokenStore.from_examples(task.encode_all(dataset, self.tokenizer))
-            key = f"{content_hash(dataset)}/{task!r}/{tokenizer_hash(self.tokenizer)}"
-            return load_or_build(
-                self.cache_dir, key, lambda: task.encode_all(dataset, self.tokenizer)
-            )
-        except ValueError as error:
-            text = str(error)
-            if role == "public" and self.public_task is not self.task:
-                text = text.replace("`data.task.", "`data.public_task.")
-            raise ValueError(f"`data.{role}`: {text}") from error
+                return TokenStore.from_examples(task.encode_all(dataset, tokenizer))
+            key = f"{content_hash(dataset)}/{task!r}/{tokenizer_hash(tokenizer)}"
+            return load_or_build(self.cache_dir, key, lambda: task.encode_all(dataset, tokenizer))
 
     def _carved_portion(self, name: str, stored: TokenStore, rows: list[int]) -> Portion:
-        if name == "public" and self.public_task is not self.task:
+        if self._task(name) is not self.task:
             stored = self._encode(name, self._datasets["clients"].select(rows))
             rows = list(range(len(rows)))
         return self._portion(name, stored, rows)
 
     def _portion(self, name: str, stored: TokenStore, rows: list[int]) -> Portion:
-        task = self.public_task if name == "public" else self.task
-        examples, origins = task.pack([stored[row] for row in rows], self.max_tokens)
+        with self._naming(name):
+            documents = [stored[row] for row in rows]
+            examples, origins = self._task(name).pack(documents, self.max_tokens)
         limit = Limit(self.max_tokens, num_leading=len(leading_ids(self.tokenizer)))
         return fit_portion(examples, origins, limit, origin=stored, origin_rows=rows)
 
-    # --- what there is ----------------------------------------------------------------------------
+    def _task(self, role: str) -> Task:
+        return self.public_task if role == "public" else self.task
+
+    @contextmanager
+    def _naming(self, role: str) -> Iterator[None]:
+        """Put the option whose data is at fault in front of an error."""
+        try:
+            yield
+        except ValueError as error:
+            text = str(error)
+            if self._task(role) is not self.task:
+                text = text.replace("`data.task.", "`data.public_task.")
+            raise ValueError(f"`data.{role}`: {text}") from error
 
     @property
     def tokenizer(self) -> PreTrainedTokenizerBase:
@@ -250,19 +249,15 @@ class FederatedDataModule(LightningDataModule):
         return len(self._portions[split].store) if split in self._portions else 0
 
     def fingerprint(self, split: str) -> str:
-        """Return a hash of a split's token ids, for artefacts that depend on them.
-
-        Args:
-            split: `server`, `public`, `selection` or `test`; it must exist.
-        """
+        """Return a hash of an existing split's token ids, for artefacts that depend on them."""
         return self._existing(split).store.digest()
 
     def describe(self) -> dict[str, Any]:
         """Return the number of examples of every split and client, and of those cut or left out."""
         self._require_setup()
         counts: dict[str, Any] = {name: self.num_examples(name) for name in _SPLITS}
-        sizes = [len(portion.store) for portion in self._clients]
-        counts["clients"] = dict(zip(self.client_names, sizes, strict=True))
+        named = zip(self.client_names, self._clients, strict=True)
+        counts["clients"] = {name: len(portion.store) for name, portion in named}
         owners = {"clients": self._clients, **{name: [p] for name, p in self._portions.items()}}
         for key in ("num_cut", "num_left_out"):
             counts[key] = {
@@ -323,8 +318,6 @@ class FederatedDataModule(LightningDataModule):
             raise ValueError(f"A client id must be in [0, {len(self._clients)}), got {client_id}.")
         return self._clients[client_id]
 
-    # --- loaders ----------------------------------------------------------------------------------
-
     def client_dataloader(
         self, client_id: int, *, start_step: int, num_steps: int
     ) -> DataLoader[Any]:
@@ -340,24 +333,21 @@ class FederatedDataModule(LightningDataModule):
 
     def server_dataloader(self, *, start_step: int, num_steps: int) -> DataLoader[Any]:
         """Return batches of the server's endless stream; see `client_dataloader`."""
-        return self._train_loader(
-            self._existing("server").store, "server", -1, start_step, num_steps
-        )
+        store = self._existing("server").store
+        return self._train_loader(store, "server", -1, start_step, num_steps)
 
     def public_dataloader(self, *, start_step: int, num_steps: int) -> DataLoader[Any]:
         """Return batches of the public data's endless stream; see `client_dataloader`."""
-        return self._train_loader(
-            self._existing("public").store, "public", -1, start_step, num_steps
-        )
+        store = self._existing("public").store
+        return self._train_loader(store, "public", -1, start_step, num_steps)
 
     def train_dataloader(self) -> DataLoader[Any]:
         """Return one epoch of the server's data; without any, of all clients' data together."""
         self._require_setup()
         if "server" in self._portions:
             return self._train_loader(self._portions["server"].store, "server", -1, 0, None)
-        union = TokenStore.from_examples(
-            chain.from_iterable(portion.store for portion in self._clients)
-        )
+        examples = chain.from_iterable(portion.store for portion in self._clients)
+        union = TokenStore.from_examples(examples)
         return self._train_loader(union, "all-clients", -1, 0, None)
 
     def val_dataloader(self) -> DataLoader[Any]:
@@ -383,7 +373,7 @@ class FederatedDataModule(LightningDataModule):
         def collate_rows(indices: list[int]) -> dict[str, Tensor]:
             return collate_prompts([store[i] for i in indices], pad_id, [rows[i] for i in indices])
 
-        return _loader(range(len(prompts)), batches, collate_rows)
+        return make_loader(range(len(prompts)), batches, collate_rows)
 
     def _train_loader(
         self, store: TokenStore, owner: str, client_id: int, start_step: int, num_steps: int | None
@@ -397,25 +387,13 @@ class FederatedDataModule(LightningDataModule):
             start_step=start_step,
             num_steps=num_steps,
         )
-        return _loader(store, batches, partial(collate, pad_id=self._pad_id()))
+        return make_loader(store, batches, partial(collate, pad_id=self._pad_id()))
 
     def _eval_loader(self, store: TokenStore) -> DataLoader[Any]:
         lengths = [example.longest for example in store]
         num_rows = [len(example.completions) for example in store]
         batches = eval_batches(lengths, num_rows, self.batching.eval_batch_size)
-        return _loader(store, batches, partial(collate_choices, pad_id=self._pad_id()))
+        return make_loader(store, batches, partial(collate_choices, pad_id=self._pad_id()))
 
     def _pad_id(self) -> int:
         return int(self.tokenizer.pad_token_id)
-
-
-def _loader(
-    examples: Sequence[Any], batches: Any, collate_fn: Callable[[list[Any]], dict[str, Tensor]]
-) -> DataLoader[Any]:
-    return DataLoader(
-        examples,  # type: ignore[arg-type]
-        batch_sampler=batches,
-        collate_fn=collate_fn,
-        # without one of its own every start of a loader draws from torch's global generator
-        generator=torch.Generator(),
-    )
