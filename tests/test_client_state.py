@@ -125,6 +125,14 @@ def test_a_state_that_did_not_change_is_not_written_again(tmp_path, max_in_memor
     assert equal(store.get(0), changed)
 
 
+def test_a_state_whose_file_vanished_is_written_again(tmp_path):
+    store = ClientStateStore(tmp_path)
+    store.put(0, 0, state(0, 0))
+    (tmp_path / "000000" / "round-000000.safetensors").unlink()
+    store.put(0, 1, state(0, 0))
+    assert equal(store.get(0), state(0, 0))
+
+
 def test_a_full_disk_leaves_the_state_before(tmp_path, monkeypatch):
     store = ClientStateStore(tmp_path, max_in_memory_bytes=10**6)
     store.put(0, 0, state(0, 0))

@@ -183,9 +183,9 @@ def decode_state(data: Buffer) -> Tree:
             raise ValueError("the content does not match its checksum: damaged")
     try:
         tensors = {name: read_tensor(data, header, name) for name in header.tensors}
-        return _from_plain(json.loads(text), tensors)
-    except (KeyError, TypeError, AttributeError, RecursionError, struct.error) as error:
-        raise ValueError(f"the state's description is malformed: {error!r}") from error
+        return _from_plain(json.loads(text, parse_constant=_refuse), tensors)
+    except (LookupError, TypeError, ValueError, AttributeError, RecursionError, struct.error) as e:
+        raise ValueError(f"the state's description is malformed: {e!r}") from e
 
 
 def save_state(path: Path, tree: Tree) -> int:
