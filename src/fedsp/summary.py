@@ -1,0 +1,206 @@
+"""What a run says before its first round: what it is made of, what it trains and will send.
+
+Only reads what the trainer holds; when and where it is printed is not known here.
+"""
+
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+from rich.console import Group, RenderableType
+from rich.rule import Rule
+from rich.text import Text
+from torch.nn import Parameter
+
+from fedsp.display import (
+    Rows,
+    human_bytes,
+    human_count,
+    human_ratio,
+    human_share,
+    plural,
+    sections,
+)
+from fedsp.messages import ClientUpdate, ServerBroadcast, encode
+
+_DTYPES = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}
+
+
+def start_summary(trainer: Any) -> RenderableType:
+    """Return what the run is made of and what it will cost.
+
+    Args:
+        trainer: With its models loaded and its federation ready.
+    """
+    content = [
+        ("Models", model_rows(trainer)),
+        ("Trained", trained_rows(trainer)),
+        ("Auxiliary", quality_rows(trainer.preparation)),
+        ("Data", data_rows(trainer.data.describe())),
+        ("Traffic", traffic_rows(trainer)),
+        ("Run", run_rows(trainer)),
+    ]
+    title = Rule(Text(f"FedSP  {trainer.folder.path}", "bold"), align="left", style="dim")
+    return Group(title, sections(content))
+
+
+def model_rows(trainer: Any) -> Rows:
+    """Return the sizes of global model, auxiliary model and prompt."""
+    backbone, prompt = trainer.server.require_model()
+    auxiliary = trainer.preparation.auxiliary.summary()
+    own = trainer.server.auxiliary_recipe.train_embeddings
+    size = num_parameters(backbone.model.parameters())
+    prompt_size = prompt.prefix().numel()
+    spec = trainer.server.backbone_spec
+    name = spec.name_or_path if spec.config is None else f"random {spec.config['model_type']}"
+    return [
+        ("global", f"{human_count(size)} parameters, frozen, {_dtype(backbone.dtype)}: {name}"),
+        (
+            "auxiliary",
+            f"{human_count(auxiliary['total'])} parameters, "
+            f"{human_share(auxiliary['share_of_global'])} of the global model",
+        ),
+        (
+            "",
+            f"{plural(auxiliary['num_layers'], 'layer')} deep, embeddings and head "
+            f"{'of its own' if own else 'shared and frozen'}",
+        ),
+        (
+            "prompt",
+            f"{human_count(prompt_size)} parameters, {human_share(prompt_size / size)}: "
+            f"{plural(prompt.num_virtual_tokens, 'virtual token')} at "
+            f"{plural(prompt.shape[0], 'layer')}",
+        ),
+    ]
+
+
+def trained_rows(trainer: Any) -> Rows:
+    """Return what either side trains in a round, as a share of what it runs."""
+    backbone, prompt = trainer.server.require_model()
+    auxiliary, client_prompt = trainer.client.require_model()
+    frozen = num_parameters(backbone.model.parameters())
+    own = list(prompt.parameters())
+    on_server = _trained(own, frozen + num_parameters(own), trainer.server.training_stage.steps)
+    total = auxiliary.num_parameters() + num_parameters(client_prompt.parameters())
+    on_client = {
+        stage: _trained(
+            list(trainer.client.stage_parameters(stage).values()),
+            total,
+            trainer.client.stages[stage].steps,
+        )
+        for stage in ("auxiliary", "soft_prompt")
+    }
+    return [
+        ("client", f"auxiliary: {on_client['auxiliary']}"),
+        ("", f"prompt: {on_client['soft_prompt']}"),
+        ("server", f"prompt: {on_server}"),
+    ]
+
+
+def quality_rows(preparation: Any) -> Rows:
+    """Return how well the auxiliary model does beside the global one, before and after.
+
+    Args:
+        preparation: The trainer's `Preparation`.
+    """
+    before, after = preparation.before, preparation.after
+    if before is None or after is None:
+        return [("quality", "not measured: `data.server` and `data.public` are null")]
+    distilled = before != after
+    names = {"LM loss": "lm_loss", "hidden error": "hidden_error", "KL to global": "divergence"}
+    rows = []
+    for label, name in names.items():
+        first, last = getattr(before, name), getattr(after, name)
+        text = f"{first:.4f} -> {last:.4f}" if distilled else f"{last:.4f}"
+        rows.append((label, text))
+    rows[0] = ("LM loss", f"{rows[0][1]}   (global model: {after.global_lm_loss:.4f})")
+    how = "no" if not distilled else "found in the cache" if preparation.cached else "just now"
+    return [*rows, ("distilled", how)]
+
+
+def data_rows(counts: dict[str, Any]) -> Rows:
+    """Return how many examples every party has.
+
+    Args:
+        counts: What `FederatedDataModule.describe` returned.
+    """
+    sizes = list(counts["clients"].values())
+    spread = f" ({min(sizes)} to {max(sizes)} each)" if len(sizes) > 1 else ""
+    splits = ("server", "public", "selection", "test")
+    numbers = [f"{name} {human_count(counts[name]) if counts[name] else '-'}" for name in splits]
+    rows = [
+        ("clients", f"{plural(len(sizes), 'client')}, {plural(sum(sizes), 'example')}{spread}"),
+        ("splits", ", ".join(numbers)),
+    ]
+    for key, name in (("num_cut", "cut to fit"), ("num_left_out", "left out")):
+        total = sum(counts[key].values())
+        if total:
+            rows.append((name, plural(total, "example")))
+    return rows
+
+
+def traffic_rows(trainer: Any) -> Rows:
+    """Return what a round and the hand-out send, beside FedAvg of the whole model."""
+    up, down = message_bytes(trainer)
+    backbone = trainer.server.require_model()[0]
+    fedavg = 2 * num_bytes(backbone.model.parameters())
+    handout = num_bytes(trainer.preparation.auxiliary.backbone.model.parameters())
+    size = len(trainer.sampler.cohort(trainer.data.num_clients, seed=trainer.seed, round_idx=0))
+    return [
+        (
+            "a round",
+            f"{human_bytes(size * (up + down))} for {plural(size, 'client')}: "
+            f"{human_bytes(down)} down + {human_bytes(up)} up each",
+        ),
+        (
+            "FedAvg",
+            f"{human_bytes(size * fedavg)} with the full model, "
+            f"{human_ratio(fedavg / (up + down))} as much",
+        ),
+        ("hand-out", f"{human_bytes(handout)} once a client: the auxiliary model"),
+    ]
+
+
+def run_rows(trainer: Any) -> Rows:
+    """Return how long the run is and what picks its best round."""
+    evaluation = trainer.history.evaluation
+    direction = "lowest" if evaluation.mode == "min" else "highest"
+    rounds = f"{trainer.num_rounds}, the best has the {direction} {evaluation.monitor}"
+    if evaluation.every_n_rounds > 1:
+        rounds += f", measured every {evaluation.every_n_rounds}"
+    if evaluation.patience is not None:
+        rounds += f", patience {evaluation.patience}"
+    wire_dtype = trainer.rules.communication.wire_dtype
+    numbers = f"{trainer.precision}, prompts travel as {wire_dtype}, seed {trainer.seed}"
+    return [("rounds", rounds), ("device", f"{trainer.fabric.device}, {numbers}")]
+
+
+def message_bytes(trainer: Any) -> tuple[int, int]:
+    """Return the bytes of an update and of a broadcast, as encoded."""
+    prefix = torch.zeros(trainer.federation.contract.shape)
+    wire_dtype = trainer.rules.communication.wire_dtype
+    update = encode(ClientUpdate(0, 0, prefix, 1), wire_dtype)
+    return len(update), len(encode(ServerBroadcast(0, prefix), wire_dtype))
+
+
+def num_parameters(parameters: Iterable[Parameter]) -> int:
+    """Return the number of entries of all parameters."""
+    return sum(parameter.numel() for parameter in parameters)
+
+
+def num_bytes(parameters: Iterable[Parameter]) -> int:
+    """Return the size of all parameters in their own number formats."""
+    return sum(parameter.numel() * parameter.element_size() for parameter in parameters)
+
+
+def _trained(parameters: list[Parameter], total: int, steps: int) -> str:
+    if not steps:
+        return "not trained (0 steps)"
+    count = num_parameters(parameters)
+    share = human_share(count / total) if total else "-"
+    of_all = f"{human_count(count)} of {human_count(total)} ({share})"
+    return f"{of_all}, {plural(steps, 'step')} a round"
+
+
+def _dtype(dtype: torch.dtype) -> str:
+    return _DTYPES.get(dtype, str(dtype).removeprefix("torch."))
