@@ -1,0 +1,211 @@
+"""What a run says after its last round: what it reached and cost, where it lies, what to do next.
+
+Only reads what the trainer holds; when and where it is printed is not known here.
+"""
+
+import math
+import shlex
+from collections.abc import Mapping
+from typing import Any
+
+from rich.console import Group, RenderableType
+from rich.rule import Rule
+from rich.table import Table
+from rich.text import Text
+
+from fedsp.display import (
+    Rows,
+    human_bytes,
+    human_change,
+    human_loss,
+    human_seconds,
+    plural,
+    sections,
+)
+
+Metrics = Mapping[str, float]
+
+
+def end_report(trainer: Any, results: Mapping[str, Any], initial: Metrics) -> RenderableType:
+    """Return what the run reached, what it cost and where it lies.
+
+    Args:
+        trainer: At the end of its run.
+        results: What `results.json` holds.
+        initial: Metrics of the first prompt on the selection split, empty where unknown.
+    """
+    parts: list[RenderableType] = [Rule(Text("Result", "bold"), align="left", style="dim")]
+    splits = {"selection": selection_results(trainer, initial), "test": results.get("test", {})}
+    splits = {name: found for name, found in splits.items() if found.get("zero_shot")}
+    if splits:
+        parts += [result_table(splits, best_label(trainer)), Text()]
+    parts.append(
+        sections(
+            [("Cost", cost_rows(trainer.history.rounds)), ("Files", file_rows(trainer.folder))]
+        )
+    )
+    return Group(*parts)
+
+
+def selection_results(trainer: Any, initial: Metrics) -> dict[str, Metrics]:
+    """Return the selection split's metrics of zero-shot, FedSP's best round and the baseline's."""
+    history = trainer.history
+    found: dict[str, Metrics] = {"zero_shot": _without_prefix(history.zero_shot, "server/val_")}
+    if history.best is not None:
+        index = history.best.round_idx
+        metrics = history.rounds[index] if index >= 0 else initial
+        found["best"] = _without_prefix(metrics, "server/val_")
+    monitor = history.evaluation.monitor.replace("server/", "baseline/", 1)
+    measured = [
+        metrics for metrics in history.rounds if math.isfinite(metrics.get(monitor, math.nan))
+    ]
+    if measured:
+        choose = min if history.evaluation.mode == "min" else max
+        best = choose(measured, key=lambda metrics: metrics[monitor])
+        found["server_only"] = _without_prefix(best, "baseline/val_")
+    return found
+
+
+def best_label(trainer: Any) -> str:
+    """Return what the run's chosen prompt is called."""
+    best = trainer.history.best
+    if best is None:
+        return "FedSP, last round"
+    return "FedSP, initial" if best.round_idx < 0 else f"FedSP, round {best.round_idx}"
+
+
+def result_table(splits: Mapping[str, Mapping[str, Metrics]], label: str) -> Table:
+    """Return losses and accuracies on every split, and how far they lie from zero-shot.
+
+    Args:
+        splits: By split, then by `zero_shot`, `server_only` and `best`.
+        label: What `best` is called.
+    """
+    table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0), header_style="bold")
+    table.add_column("", no_wrap=True)
+    columns = [
+        (split, name)
+        for split, found in splits.items()
+        for name in ("loss", "accuracy")
+        if name in found["zero_shot"]
+    ]
+    for split, name in columns:
+        # the split's name stands over its first column only: both splits fit 80 columns
+        table.add_column(f"{split if name == 'loss' else ''}\n{name}", justify="right")
+        if name == "loss":
+            table.add_column("\nchange", justify="right")
+    labels = {"zero_shot": "zero-shot", "server_only": "server only", "best": label}
+    for key, title in labels.items():
+        if not any(key in found for found in splits.values()):
+            continue
+        cells: list[str] = []
+        for split, name in columns:
+            reference = splits[split]["zero_shot"][name] if key != "zero_shot" else None
+            cells += _cells(name, splits[split].get(key, {}).get(name), reference)
+        table.add_row(title, *cells, style="bold green" if key == "best" else "")
+    _add_comparison(table, splits, columns)
+    return table
+
+
+def cost_rows(rounds: list[dict[str, float]]) -> Rows:
+    """Return what the rounds took in time and traffic.
+
+    Args:
+        rounds: Metrics of every round.
+    """
+    total = {
+        name: sum(metrics.get(name, 0.0) for metrics in rounds)
+        for name in ("round/seconds", "comm/up_bytes", "comm/down_bytes", "round/rejected_updates")
+    }
+    up, down = human_bytes(total["comm/up_bytes"]), human_bytes(total["comm/down_bytes"])
+    rows = [
+        ("rounds", f"{len(rounds)} in {human_seconds(total['round/seconds'])}"),
+        ("traffic", f"{up} up, {down} down with the hand-out"),
+    ]
+    if total["round/rejected_updates"]:
+        rows.append(("rejected", plural(int(total["round/rejected_updates"]), "update")))
+    return rows
+
+
+def file_rows(folder: Any) -> Rows:
+    """Return where the run's files are, those that exist.
+
+    Args:
+        folder: The run's `RunFolder`.
+    """
+    places = {
+        "checkpoints": folder.checkpoints,
+        "adapter": folder.adapter,
+        "ledger": folder.ledger,
+        "logs": folder.metrics,
+        "tensorboard": folder.path / "tensorboard",
+        "wandb": folder.path / "wandb",
+        "results": folder.results,
+        "config": folder.config,
+    }
+    return [
+        (name, f"{path}/" if path.is_dir() else str(path))
+        for name, path in places.items()
+        if path.exists()
+    ]
+
+
+def next_commands(folder: Any) -> Rows:
+    """Return what one would do with a finished run: a purpose and a command each.
+
+    Args:
+        folder: The run's `RunFolder`.
+    """
+    commands = []
+    if folder.config.exists():
+        config = shlex.quote(str(folder.config))
+        commands.append(("measure the best prompt again", f"fedsp test --config {config}"))
+        commands.append(("let it write", f"fedsp predict --config {config}"))
+    if folder.adapter.exists():
+        call = f"peft.PeftModel.from_pretrained(model, {str(folder.adapter)!r})"
+        commands.append(("use it in Python", call))
+    return commands
+
+
+def resume_command(folder: Any) -> str:
+    """Return how to go on with a run that stopped.
+
+    Args:
+        folder: The run's `RunFolder`.
+    """
+    if not folder.config.exists():
+        return "trainer.fit(..., ckpt_path='last')"
+    return f"fedsp fit --config {shlex.quote(str(folder.config))} --ckpt_path last"
+
+
+def _without_prefix(metrics: Metrics, prefix: str) -> dict[str, float]:
+    return {
+        name.removeprefix(prefix): value
+        for name, value in metrics.items()
+        if name.startswith(prefix)
+    }
+
+
+def _cells(name: str, value: float | None, reference: float | None) -> list[str]:
+    if name == "accuracy":
+        return ["" if value is None else f"{100 * value:.1f} %"]
+    if value is None:
+        return ["", ""]
+    return [human_loss(value), "" if reference is None else human_change(value, reference)]
+
+
+def _add_comparison(
+    table: Table, splits: Mapping[str, Mapping[str, Metrics]], columns: list[tuple[str, str]]
+) -> None:
+    """Add FedSP against the server alone, where both were measured: what the clients are worth."""
+    cells: list[str] = []
+    for split, name in columns:
+        best, alone = (splits[split].get(key, {}).get(name) for key in ("best", "server_only"))
+        if best is None or alone is None:
+            cells += [""] if name == "accuracy" else ["", ""]
+        elif name == "accuracy":
+            cells.append(f"{100 * (best - alone):+.1f}")
+        else:
+            cells += ["", human_change(best, alone)]
+    if any(cells):
+        table.add_row("vs. server only", *cells)
