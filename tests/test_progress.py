@@ -110,6 +110,16 @@ def test_a_terminal_gets_bars_that_are_gone_at_the_end(tmp_path: Path) -> None:
     assert text.count("\x1b[?25l") == text.count("\x1b[?25h") > 0
 
 
+def test_an_evaluation_outside_a_run_gives_the_cursor_back(tmp_path: Path) -> None:
+    console, trainer = make_console(terminal=True), fake_trainer(tmp_path)
+    shown = RichProgress(console)
+    shown.on_evaluation_start(trainer, "test", 2)
+    assert output(console).count("\x1b[?25h") == 0
+    shown.on_evaluation_step(trainer, 1)
+    shown.on_evaluation_end(trainer, "test", {"loss": 1.0})
+    assert output(console).count("\x1b[?25l") == output(console).count("\x1b[?25h") == 1
+
+
 def test_a_terminal_without_cursor_movement_gets_plain_lines(tmp_path: Path) -> None:
     console = Console(file=io.StringIO(), force_terminal=True, width=80, _environ={"TERM": "dumb"})
     run(tmp_path, tmp_path / "run", console, num_rounds=1)

@@ -31,7 +31,15 @@ def test_a_round_shows_every_figure_under_its_heading() -> None:
     assert titles.split() == ["round", *(column.title for column in table.columns)]
     ends = [{match.end() for match in re.finditer(r"\S+", line)} for line in (titles, row)]
     assert ends[0] <= ends[1]
-    assert groups.replace("-", " ").split() == ["clients", "server", "baseline", "traffic"]
+    assert groups.replace("-", " ").split() == [
+        "*",
+        "=",
+        "best",
+        "clients",
+        "server",
+        "baseline",
+        "traffic",
+    ]
 
 
 def test_the_best_round_is_marked() -> None:

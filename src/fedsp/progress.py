@@ -3,6 +3,7 @@
 Live bars only where the output is a terminal; elsewhere plain lines without control characters.
 """
 
+import atexit
 import sys
 import time
 from collections.abc import Sequence
@@ -86,8 +87,11 @@ class LiveBars:
         """Start a bar from the left, or where `done` says; an older one of the name is replaced."""
         if not self.enabled:
             return
-        self._progress.start()
         self.hide(name)
+        if not self._tasks:
+            # an error between two hooks must not leave the terminal without its cursor
+            atexit.register(self._progress.stop)
+            self._progress.start()
         self._tasks[name] = self._progress.add_task(
             name.ljust(8), total=total, completed=done, offset=done, seconds=0.0, detail=detail
         )
@@ -107,16 +111,18 @@ class LiveBars:
         self._progress.update(task_id, completed=done, **fields)
 
     def hide(self, name: str) -> None:
-        """Remove a bar, if it is there."""
-        if name in self._tasks:
-            self._progress.remove_task(self._tasks.pop(name))
+        """Remove a bar, if it is there; with the last one the cursor comes back."""
+        if name not in self._tasks:
+            return
+        self._progress.remove_task(self._tasks.pop(name))
+        if not self._tasks:
+            self._progress.stop()
+            atexit.unregister(self._progress.stop)
 
     def stop(self) -> None:
-        """Take the display away and give the cursor back."""
+        """Remove all bars."""
         for name in list(self._tasks):
             self.hide(name)
-        if self.enabled:
-            self._progress.stop()
 
 
 class RichProgress(FederatedCallback):

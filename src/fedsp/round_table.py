@@ -99,8 +99,8 @@ class RoundTable:
         return _LABEL_WIDTH + sum(column.width for column in self.columns) + gaps
 
     def header(self) -> list[Text]:
-        """Return the headings of the groups and of the columns."""
-        groups, titles = Text(" " * _LABEL_WIDTH), Text("round".rjust(_LABEL_WIDTH))
+        """Return the headings of the groups, with the legend, and those of the columns."""
+        groups, titles = Text("* = best".ljust(_LABEL_WIDTH)), Text("round".rjust(_LABEL_WIDTH))
         for group, columns in self._groups():
             span = sum(column.width for column in columns) + len(columns) - 1
             heading = f" {group} " if group and len(group) + 2 <= span else group
