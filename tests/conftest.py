@@ -74,6 +74,11 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
                 item.add_marker(skip)
 
 
+def pytest_make_parametrize_id(config: pytest.Config, val: object, argname: str) -> str | None:
+    # Bytes may hold the time (gzip's header does): the processes would not agree on a test's name.
+    return argname if isinstance(val, bytes) else None
+
+
 @pytest.fixture(autouse=True)
 def _same_seeds() -> None:
     """Seed the global streams, so that a test's outcome does not depend on the tests before it."""

@@ -71,6 +71,9 @@ class FederatedCallback:
     def on_checkpoint_saved(self, trainer: Any, path: Path) -> None:
         """The round is safe on disk."""
 
+    def on_test_end(self, trainer: Any, results: dict[str, Any]) -> None:
+        """The best prompt has been tested; entries added to `results["test"]` are kept and shown."""
+
     def on_fit_end(self, trainer: Any, report: dict[str, Any]) -> None:
         """The run is over; `report` says where everything is."""
 
