@@ -417,7 +417,7 @@ class FederatedTrainer:
                 "zero_shot": self.measure_zero_shot("test"),
                 "best": self.measure(self.server, "test"),
             }
-            self.call("on_test_end", results)
+        self.call("on_test_end", results)
         results["rounds"] = self.history.rounds
         write_text_atomically(self.folder.results, json.dumps(results, indent=2) + "\n")
         if self.federation.contract.shape[3]:
