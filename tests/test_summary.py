@@ -132,6 +132,12 @@ def test_data_counts_every_party() -> None:
     }
 
 
+def test_clients_of_one_size_are_named_once() -> None:
+    counts = {"clients": {"a": 5, "b": 5}, "server": 0, "public": 0, "selection": 0, "test": 0}
+    rows = dict(data_rows({**counts, "num_cut": {}, "num_left_out": {}}))
+    assert rows["clients"] == "2 clients, 10 examples (5 each)"
+
+
 def test_what_picks_the_best_round_is_named(trainer: Any) -> None:
     evaluation = Evaluation(every_n_rounds=5, monitor="server/val_accuracy", mode="max", patience=3)
     other = SimpleNamespace(**{**vars(trainer), "history": SimpleNamespace(evaluation=evaluation)})

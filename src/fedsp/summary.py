@@ -68,8 +68,7 @@ def model_rows(trainer: Any) -> Rows:
         (
             "prompt",
             f"{human_count(prompt_size)} parameters, {human_share(prompt_size / size)}: "
-            f"{plural(prompt.num_virtual_tokens, 'virtual token')} at "
-            f"{plural(prompt.shape[0], 'layer')}",
+            f"{plural(prompt.num_virtual_tokens, 'virtual token')} a layer",
         ),
     ]
 
@@ -125,7 +124,8 @@ def data_rows(counts: dict[str, Any]) -> Rows:
         counts: What `FederatedDataModule.describe` returned.
     """
     sizes = list(counts["clients"].values())
-    spread = f" ({min(sizes)} to {max(sizes)} each)" if len(sizes) > 1 else ""
+    low, high = min(sizes), max(sizes)
+    spread = f" ({low if low == high else f'{low} to {high}'} each)" if len(sizes) > 1 else ""
     splits = ("server", "public", "selection", "test")
     numbers = [f"{name} {human_count(counts[name]) if counts[name] else '-'}" for name in splits]
     rows = [
