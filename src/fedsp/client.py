@@ -11,6 +11,7 @@ from fedsp.auxiliary import Auxiliary
 from fedsp.losses import token_cross_entropy
 from fedsp.messages import ClientUpdate, ServerBroadcast
 from fedsp.scoring import Scores, score
+from fedsp.seeding import stream
 from fedsp.soft_prompt import SoftPrompt, gather_layers, scatter_layers
 from fedsp.stages import Stage
 
@@ -50,12 +51,13 @@ class ClientModule(LightningModule):
         self.stage = "soft_prompt"
         self._received: ServerBroadcast | None = None
 
-    def install(self, auxiliary: Auxiliary, num_virtual_tokens: int) -> None:
+    def install(self, auxiliary: Auxiliary, num_virtual_tokens: int, seed: int = 0) -> None:
         """Take the auxiliary model in: round 0's hand-out.
 
         Args:
             auxiliary: The model as the server made it.
             num_virtual_tokens: Length of the prompt that will be received.
+            seed: Seed of the reparameterisation's first weights.
         """
         self.auxiliary = auxiliary
         self.soft_prompt = SoftPrompt(
@@ -63,6 +65,7 @@ class ClientModule(LightningModule):
             num_virtual_tokens,
             dropout=self.dropout,
             reparameterization_size=self.reparameterization_size,
+            generator=stream(seed, "client_reparameterization"),
         )
 
     def require_model(self) -> tuple[Auxiliary, SoftPrompt]:

@@ -18,12 +18,12 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 from transformers import PreTrainedTokenizerBase
 
-from fedsp.backbone import BackboneSpec, load_tokenizer, resolve
 from fedsp.batching import Batching, StepBatches, eval_batches, make_loader
 from fedsp.collate import collate, collate_choices, collate_prompts
 from fedsp.examples import TokenStore
 from fedsp.partition import Partitioner, carve
 from fedsp.portions import Limit, Portion, check_filled, fit_portion, warn_of_losses
+from fedsp.pretrained import BackboneSpec, check_vocabulary, load_tokenizer, resolve
 from fedsp.sources import DataSource, content_hash
 from fedsp.tasks import Task, leading_ids, tokenizer_hash
 from fedsp.token_cache import load_or_build
@@ -51,7 +51,7 @@ class FederatedDataModule(LightningDataModule):
         tokenizer: str | None = None,
         max_tokens: int | None = None,
         cache_dir: str | None = None,
-        seed: int = 0,
+        seed: int | None = None,
     ) -> None:
         """Store the configuration; nothing is read before `prepare_data` or `setup`.
 
@@ -67,18 +67,18 @@ class FederatedDataModule(LightningDataModule):
             test: Data that is only scored at the end, as `server`.
             public_task: What a row of the public data means. Null: as `task`.
             batching: How examples are put together.
-            tokenizer: Folder, hub id or `fedsp://NAME`, normally that of the global model.
+            tokenizer: Folder, hub id or `fedsp://NAME`. Null: that of the global model.
             max_tokens: Longest example in tokens; longer prompts are cut on the left. Null: what
                 the model's positions leave beside the virtual tokens.
             cache_dir: Folder for tokenised data. Null: `$FEDSP_CACHE`, else `~/.cache/fedsp`; an
                 empty string keeps none.
-            seed: Seed of carving, partitioning and the order of batches.
+            seed: Seed of carving, partitioning and the order of batches. Null: `seed_everything`.
         """
         super().__init__()
         if max_tokens is not None and max_tokens < 2:
             raise ValueError(f"`data.max_tokens` must be at least 2 or null, got {max_tokens}.")
         self.task, self.public_task, self.partitioner = task, public_task or task, partitioner
-        self.clients, self.batching, self.seed = clients, batching, seed
+        self.clients, self.batching, self.seed = clients, batching, seed or 0
         self.splits: dict[str, Split] = {
             "test": test, "selection": selection, "server": server, "public": public
         }  # fmt: skip
@@ -100,18 +100,36 @@ class FederatedDataModule(LightningDataModule):
             max_tokens: The model's positions less its virtual tokens.
 
         Raises:
-            ValueError: If `data.max_tokens` is above it.
+            ValueError: If `data.max_tokens` is above it, or nothing is left for text.
             RuntimeError: If the data is set up already without a limit.
         """
+        if max_tokens < 2:
+            raise ValueError(
+                "`model.soft_prompt.num_virtual_tokens` (or `model.backbone.position_offset`) must "
+                f"leave at least 2 of the model's positions for text, it leaves {max_tokens}."
+            )
         if self.max_tokens is not None and self.max_tokens > max_tokens:
             raise ValueError(
                 f"`data.max_tokens` must be at most {max_tokens}, the model's positions less "
-                f"`model.num_virtual_tokens`, got {self.max_tokens}. Lower one of the two."
+                f"`model.soft_prompt.num_virtual_tokens`, got {self.max_tokens}. Lower one of the two."
             )
         if self.max_tokens is None:
             if self._is_set_up:
                 raise RuntimeError("`limit_tokens` must be called before `setup`.")
             self.max_tokens = max_tokens
+
+    def default_tokenizer(self, name: str, vocab_size: int) -> None:
+        """Use the global model's tokenizer where `data.tokenizer` is null; call it before `setup`.
+
+        Args:
+            name: Folder, hub id or `fedsp://NAME`.
+            vocab_size: The model's number of embeddings.
+
+        Raises:
+            ValueError: If the tokenizer gives ids that the model has no embedding for.
+        """
+        self.tokenizer_name = self.tokenizer_name or name
+        check_vocabulary(self.tokenizer, vocab_size, "data.tokenizer")
 
     def prepare_data(self) -> None:
         """Download, read and tokenise, so that other processes find everything in the caches."""

@@ -112,6 +112,29 @@ def load_tokenizer(spec: BackboneSpec) -> PreTrainedTokenizerBase:
     return tokenizer
 
 
+def check_vocabulary(tokenizer: PreTrainedTokenizerBase, vocab_size: int, option: str) -> None:
+    """Refuse a tokenizer that gives ids which the model has no embedding for.
+
+    Tokens added to the vocabulary beyond the model's (Gemma 3's image token) may be there, as long
+    as no text is padded, begun or ended with them.
+
+    Args:
+        tokenizer: Tokenizer of texts for the model.
+        vocab_size: V, the model's number of embeddings, often padded above the tokenizer's.
+        option: Name of the setting that gives the tokenizer, for the error message.
+
+    Raises:
+        ValueError: If an ordinary token, or a pad, start or end token has an id of V or more.
+    """
+    marks = (tokenizer.pad_token_id, tokenizer.bos_token_id, tokenizer.eos_token_id)
+    needed = max(tokenizer.vocab_size, *(idx + 1 for idx in marks if idx is not None))
+    if needed > vocab_size:
+        raise ValueError(
+            f"`{option}` must be a tokenizer of at most {vocab_size} tokens, the vocabulary of the "
+            f"global model, got {needed} tokens. Name the tokenizer that the model was trained with."
+        )
+
+
 def load_model(spec: BackboneSpec) -> PreTrainedModel:
     """Load the model, or draw random weights from torch's global stream where `spec.config` is set.
 

@@ -10,12 +10,12 @@ from torch import Tensor
 
 from fedsp.auxiliary import AuxiliaryRecipe, SharedCell
 from fedsp.backbone import Backbone, load_backbone
-from fedsp.pretrained import BackboneSpec, load_tokenizer
 from fedsp.distillation import Distillation
 from fedsp.losses import token_cross_entropy
 from fedsp.messages import ServerBroadcast
+from fedsp.pretrained import NAME_OPTION, BackboneSpec, check_vocabulary, load_tokenizer
 from fedsp.scoring import Scores, score
-from fedsp.seeding import seed_for, stream
+from fedsp.seeding import stream
 from fedsp.soft_prompt import NormalInit, PromptInitializer, SoftPrompt
 from fedsp.stages import Stage
 
@@ -50,7 +50,7 @@ class ServerModule(LightningModule):
         training: Stage = Stage(),
         auxiliary: AuxiliaryRecipe | None = None,
         initial_distillation: Distillation | None = None,
-        seed: int = 0,
+        seed: int | None = None,
     ) -> None:
         """Keep the settings; weights are loaded by `configure_model`, after processes have started.
 
@@ -61,7 +61,7 @@ class ServerModule(LightningModule):
                 `lightning.Trainer` only the optimizer counts.
             auxiliary: How the clients' model is derived from the global model; null shares its first layer.
             initial_distillation: How the auxiliary model is taught before the first round; null skips it.
-            seed: Seed of the prompt's initialisation and of random weights.
+            seed: Seed of the prompt's initialisation and of random weights; null takes `seed_everything`.
         """
         super().__init__()
         self.backbone_spec = backbone
@@ -69,7 +69,7 @@ class ServerModule(LightningModule):
         self.training_stage = training
         self.auxiliary_recipe = auxiliary if auxiliary is not None else SharedCell()
         self.initial_distillation = initial_distillation
-        self.seed = seed
+        self.seed = seed or 0
         self.backbone: Backbone | None = None
         self.soft_prompt: SoftPrompt | None = None
 
@@ -78,14 +78,20 @@ class ServerModule(LightningModule):
         if self.backbone is not None:
             return
         self.backbone = load_backbone(self.backbone_spec, seed=self.seed)
-        self.soft_prompt = SoftPrompt(
-            self.backbone.kv_shape,
+        self.soft_prompt = self._new_prompt(self.backbone)
+        self.tokenizer = load_tokenizer(self.backbone_spec)
+        option = "model.backbone.tokenizer" if self.backbone_spec.tokenizer else NAME_OPTION
+        check_vocabulary(self.tokenizer, self.backbone.vocab_size, option)
+        self.initialize_prompt(self.tokenizer(NEUTRAL_TEXT)["input_ids"])
+
+    def _new_prompt(self, backbone: Backbone) -> SoftPrompt:
+        return SoftPrompt(
+            backbone.kv_shape,
             self.prompt_spec.num_virtual_tokens,
             dropout=self.prompt_spec.dropout,
             reparameterization_size=self.prompt_spec.reparameterization_size,
+            generator=stream(self.seed, "reparameterization"),
         )
-        self.tokenizer = load_tokenizer(self.backbone_spec)
-        self.initialize_prompt(self.tokenizer(NEUTRAL_TEXT)["input_ids"])
 
     def initialize_prompt(self, sample_ids: Sequence[int]) -> None:
         """Give the prompt its first value.
@@ -118,15 +124,14 @@ class ServerModule(LightningModule):
         """Return a server of its own prompt over the same global model, which is not copied."""
         backbone, prompt = self.require_model()
         other = ServerModule(
-            self.backbone_spec, self.prompt_spec, self.training_stage, self.auxiliary_recipe
+            self.backbone_spec,
+            self.prompt_spec,
+            self.training_stage,
+            self.auxiliary_recipe,
+            seed=self.seed,
         )
         other.backbone, other.tokenizer = backbone, self.tokenizer
-        other.soft_prompt = SoftPrompt(
-            backbone.kv_shape,
-            self.prompt_spec.num_virtual_tokens,
-            dropout=self.prompt_spec.dropout,
-            reparameterization_size=self.prompt_spec.reparameterization_size,
-        )
+        other.soft_prompt = self._new_prompt(backbone)
         other.soft_prompt.load_state_dict(prompt.state_dict())
         return other
 

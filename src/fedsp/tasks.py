@@ -251,7 +251,7 @@ class RawText(Task):
             raise ValueError(
                 f"`data.task.block_size`={self.block_size} must not be above the {max_tokens} "
                 "tokens that fit (`data.max_tokens`, or the model's positions less "
-                "`model.num_virtual_tokens`). Lower it."
+                "`model.soft_prompt.num_virtual_tokens`). Lower it."
             )
         size = self.block_size or max_tokens
         if size is None or not examples:

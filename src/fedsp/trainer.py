@@ -74,7 +74,7 @@ class FederatedTrainer:
         server_optimizer: OptimizerCallable | None = None,
         communication: Communication = Communication(),
         evaluation: Evaluation = Evaluation(),
-        seed: int = 0,
+        seed: int | None = None,
         run_dir: str = "runs/default",
         keep_checkpoints: int = 2,
         client_memory_bytes: int = 0,
@@ -99,7 +99,7 @@ class FederatedTrainer:
                 null takes the aggregate as it is (FedAvg).
             communication: What travels, and what is done with it.
             evaluation: When to measure on the selection split, what picks the best round, when to stop.
-            seed: Seed of sampling, dropout and distillation.
+            seed: Seed of sampling, dropout and distillation; null takes `seed_everything`.
             run_dir: New or empty folder of the run's files.
             keep_checkpoints: Checkpoints kept beside the best one.
             client_memory_bytes: Memory that clients away from the cohort may use; the rest lies on disk.
@@ -139,7 +139,7 @@ class FederatedTrainer:
             communication, aggregator or StreamingMean(), ServerOptimizer(server_optimizer)
         )
         self.history = History(evaluation)
-        self.seed = seed
+        self.seed = seed or 0
         self.folder = RunFolder(run_dir)
         self.checkpoints = Checkpoints(self.folder.checkpoints, keep=keep_checkpoints)
         self.client_memory_bytes = client_memory_bytes
@@ -188,8 +188,8 @@ class FederatedTrainer:
         if self.history.is_due(round_idx, self.num_rounds):
             metrics |= self._select(round_idx)
         metrics |= {f"comm/{k}": float(v) for k, v in self.ledger.totals(round_idx).items()}
-        self.call("on_round_metrics", round_idx, metrics)
         metrics |= {"round": float(round_idx), "round/seconds": time.perf_counter() - started}
+        self.call("on_round_metrics", round_idx, metrics)
         self.history.add(metrics)
         self.tracker.log(metrics, round_idx)
         self.call("on_round_end", round_idx, metrics)
@@ -340,6 +340,8 @@ class FederatedTrainer:
             offset = backbone.spec.position_offset
             start = prompt.num_virtual_tokens if offset is None else offset
             data.limit_tokens(backbone.max_positions - start)
+        name = backbone.spec.tokenizer or backbone.spec.name_or_path
+        data.default_tokenizer(name, backbone.vocab_size)
         data.prepare_data()
         data.setup(stage)
 
@@ -347,9 +349,10 @@ class FederatedTrainer:
         """Make the last checks, then create the run's files: from here on a run can be resumed."""
         self.sampler.cohort(self.data.num_clients, seed=self.seed, round_idx=0)
         check_public_data(self.data, self.server.initial_distillation)
+        # a logger that is not installed must leave no folder behind that looks like a run
+        self.tracker = Tracker(self.loggers, self.folder.path)
         self.folder.create(self.config_text)
         self.ledger = Ledger(self.folder.ledger, next_attempt(self.folder.ledger))
-        self.tracker = Tracker(self.loggers, self.folder.path)
         self.tracker.log_config(self.config)
 
     def _open(self, client: ClientModule, state: RunState | None) -> None:
@@ -361,7 +364,9 @@ class FederatedTrainer:
         self.preparation = prepare_auxiliary(
             self.fabric, server, data, kept=self.folder.auxiliary, trainer=self
         )
-        client.install(self.preparation.auxiliary, prompt.num_virtual_tokens)
+        made = self.preparation
+        self.call("on_distillation_end", made.before, made.after, made.cached)
+        client.install(self.preparation.auxiliary, prompt.num_virtual_tokens, self.seed)
         self.client = self.fabric.to_device(client)
         communication = self.rules.communication
         simulation = Simulation(
@@ -454,7 +459,7 @@ class FederatedTrainer:
         tree = {
             "federation": self.federation.state_dict(),
             "history": self.history.state_dict(),
-            "callbacks": [callback.state_dict() for callback in self.callbacks],
+            "callbacks": {name: it.state_dict() for name, it in self._named_callbacks().items()},
         }
         path = self.checkpoints.save(RunState(self.history.rounds_done, tree, self.config))
         self.federation.executor.commit()
@@ -463,9 +468,13 @@ class FederatedTrainer:
     def _restore(self, tree: dict[str, Any]) -> None:
         self.federation.load_state_dict(tree["federation"])
         self.history.load_state_dict(tree["history"])
-        for callback, state in zip(self.callbacks, tree["callbacks"], strict=True):
-            callback.load_state_dict(state)
+        for name, callback in self._named_callbacks().items():
+            callback.load_state_dict(tree["callbacks"].get(name, {}))
         self.tracker.replay(self.history.rounds)
+
+    def _named_callbacks(self) -> dict[str, FederatedCallback]:
+        """Callbacks by class, so that a resumed run may have others beside them, such as no progress bar."""
+        return {type(callback).__qualname__: callback for callback in self.callbacks}
 
     def _resume_state(self, ckpt_path: str | None) -> RunState | None:
         if ckpt_path is None:
