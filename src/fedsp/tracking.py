@@ -1,4 +1,15 @@
-"""Send a round's metrics to Lightning's loggers, with the round as the x-axis."""
+"""Send a round's metrics to Lightning's loggers, with the round as the x-axis.
+
+In a configuration a logger is a function by its name, which takes no settings, or a logger class
+whose first argument is the folder of its files, with settings:
+
+    trainer:
+      logger:
+        - fedsp.tracking.csv_logger
+        - class_path: fedsp.tracking.OfflineWandb
+          init_args:
+            project: my-project
+"""
 
 import os
 from collections.abc import Callable, Sequence
@@ -23,26 +34,42 @@ def tensorboard_logger(save_dir: str) -> Logger:
     return TensorBoardLogger(save_dir, name="tensorboard", version="")
 
 
-def wandb_logger(
-    save_dir: str,
-    project: str = "fedsp",
-    name: str | None = None,
-    offline: bool | None = None,
-) -> Logger:
-    """Return a Weights & Biases logger that sends nothing unless asked to.
+class OfflineWandb(WandbLogger):
+    """A Weights & Biases logger that sends nothing unless asked to."""
 
-    Args:
-        save_dir: The run's folder.
-        project: W&B project.
-        name: Name of the run; null takes the run folder's.
-        offline: True keeps everything in the run folder for `wandb sync`; null does so unless `WANDB_MODE` or
-            `WANDB_API_KEY` is set.
-    """
-    if offline is None:
-        offline = "WANDB_MODE" not in os.environ and "WANDB_API_KEY" not in os.environ
-    return WandbLogger(
-        name=name or Path(save_dir).name, save_dir=save_dir, project=project, offline=offline
-    )
+    def __init__(
+        self,
+        save_dir: str,
+        project: str = "fedsp",
+        name: str | None = None,
+        offline: bool | None = None,
+    ) -> None:
+        """Choose where the run goes; W&B is started with the first figure.
+
+        Args:
+            save_dir: The run's folder; the trainer gives it.
+            project: W&B project.
+            name: Name of the run; null takes the run folder's.
+            offline: True keeps everything in the run folder for `wandb sync`; null does so unless `WANDB_MODE` or
+                `WANDB_API_KEY` is set.
+        """
+        if offline is None:
+            offline = "WANDB_MODE" not in os.environ and "WANDB_API_KEY" not in os.environ
+        super().__init__(
+            name=name or Path(save_dir).name, save_dir=save_dir, project=project, offline=offline
+        )
+
+    def finalize(self, status: str) -> None:
+        """End the W&B run: Lightning leaves it open, and the next run of the process would go on in it."""
+        super().finalize(status)
+        if self._experiment is not None:
+            self._experiment.finish()
+            self._experiment = None
+
+
+def wandb_logger(save_dir: str) -> Logger:
+    """Return a Weights & Biases logger with the defaults of `OfflineWandb`."""
+    return OfflineWandb(save_dir)
 
 
 class Tracker:
