@@ -4,11 +4,13 @@ Run `fedsp fit --config configs/quickstart.yaml`; every choice is a `class_path`
 """
 
 import os
+import signal
 import sys
-from typing import Any
+from types import FrameType
+from typing import Any, NoReturn
 
 import yaml
-from jsonargparse import set_parsing_settings
+from jsonargparse import Namespace, set_parsing_settings
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 
@@ -19,6 +21,37 @@ from fedsp.trainer import FederatedTrainer
 
 SUBCOMMANDS = ("fit", "validate", "test", "predict", "export")
 INTERRUPTED = 130
+TERMINATED = 143
+SEEDS = ("trainer.seed", "model.init_args.seed", "data.init_args.seed")
+
+
+class StrictParser(LightningArgumentParser):
+    """Takes no abbreviated option, on no level, and says in a few lines what is wrong.
+
+    jsonargparse makes a parser of the same class, without any options, for every `class_path`.
+    """
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        """Switch abbreviations off; everything else is passed on."""
+        super().__init__(*args, **{"allow_abbrev": False, **kwargs})
+
+    def error(self, message: str, ex: Exception | None = None) -> NoReturn:
+        """Print the reason without the list of all options and without the whole configuration, exit 2."""
+        if not self.exit_on_error:
+            super().error(message, ex)
+        lines = message.split("\n  Given value type:")[0].splitlines()
+        kept = [line for line in lines if not line.strip().startswith(_NOISE)]
+        program = (getattr(ex, "subcommand_parser", None) or self).prog.replace(" [options]", "")
+        reason = "\n".join(kept)
+        self.exit(2, f"fedsp: error: {reason}\nAll options: {program} --help\n")
+
+
+# what jsonargparse says of the null that stands beside every class in its schema
+_NOISE = ("Does not validate against any of", "Subtypes:", "Errors:", "- Expected a <class 'NoneType'>")
+
+
+class Terminated(KeyboardInterrupt):
+    """SIGTERM, treated as Ctrl-C."""
 
 
 class FederatedCLI(LightningCLI):
@@ -31,14 +64,13 @@ class FederatedCLI(LightningCLI):
             args: Command line as a list, or the options as a dictionary; None reads `sys.argv`.
             run: False parses and instantiates only.
         """
-        strict = {"allow_abbrev": False}
         super().__init__(
             ServerModule,
             FederatedDataModule,
             save_config_callback=None,
             trainer_class=FederatedTrainer,
+            parser_class=StrictParser,
             seed_everything_default=0,
-            parser_kwargs={**strict, **{name: dict(strict) for name in SUBCOMMANDS}},
             subclass_mode_model=True,
             subclass_mode_data=True,
             args=args,
@@ -65,21 +97,29 @@ class FederatedCLI(LightningCLI):
             {name: {"class_path": f"{cls.__module__}.{cls.__name__}"} for name, cls in roles.items()}
         )
 
-    def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
-        """Give all parts one seed, and the data the global model's tokenizer."""
-        parser.link_arguments("seed_everything", "trainer.seed")
-        parser.link_arguments("seed_everything", "model.init_args.seed")
-        parser.link_arguments("seed_everything", "data.init_args.seed")
-
     def instantiate_classes(self) -> None:
-        """Instantiate every part, the client too, and hand the trainer the configuration as parsed."""
-        super().instantiate_classes()
-        self.client = self._get(self.config_init, "client")
-        parser = self._parser(self.subcommand)
+        """Instantiate every part, the client too, and hand the trainer the configuration as given.
+
+        `seed_everything` is filled in only here: the saved configuration keeps a null as null.
+        """
+        given = self.config
+        self.config = given.clone()
         config = self.config[self.subcommand] if self.subcommand else self.config
-        text = parser.dump(config, skip_unset=False)
+        for key in SEEDS:
+            if key in config and config[key] is None:
+                config[key] = int(config.seed_everything)
+        super().instantiate_classes()
+        self.config = given
+        self.client = self._get(self.config_init, "client")
+        text = self._config_text(given[self.subcommand] if self.subcommand else given)
         self.trainer.config_text = text
         self.trainer.config = yaml.safe_load(text)
+
+    def _config_text(self, config: Namespace) -> str:
+        """Return what defines the run: everything but the file that a command starts from."""
+        kept = config.clone()
+        kept.pop("ckpt_path", None)
+        return str(self._parser(self.subcommand).dump(kept, skip_unset=False, skip_validation=True))
 
     def _parse_ckpt_path(self) -> None:
         """Leave `ckpt_path` to the trainer: LightningCLI would unpickle it."""
@@ -92,22 +132,29 @@ def main(args: list[str] | None = None) -> None:
     """Run the `fedsp` command.
 
     An error that the user can mend is one line on stderr and exit status 1; `FEDSP_TRACEBACK=1` shows where it
-    came from. Ctrl-C ends with status 130 and leaves a run that can be resumed.
+    came from. Ctrl-C ends with status 130 and SIGTERM with 143; both leave a run that can be resumed.
 
     Args:
         args: Command line; None reads `sys.argv`.
     """
     set_parsing_settings(docstring_parse_attribute_docstrings=True)
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    previous = signal.signal(signal.SIGTERM, _terminate)
     try:
         FederatedCLI(args)
-    except KeyboardInterrupt:
-        sys.exit(INTERRUPTED)
-    except (ValueError, OSError, MisconfigurationException) as error:
+    except KeyboardInterrupt as interrupt:
+        sys.exit(TERMINATED if isinstance(interrupt, Terminated) else INTERRUPTED)
+    except (ValueError, OSError, ModuleNotFoundError, MisconfigurationException) as error:
         if os.environ.get("FEDSP_TRACEBACK"):
             raise
         print(f"fedsp: error: {error}", file=sys.stderr)  # noqa: T201
         sys.exit(1)
+    finally:
+        signal.signal(signal.SIGTERM, previous)
+
+
+def _terminate(signum: int, frame: FrameType | None) -> NoReturn:
+    raise Terminated
 
 
 if __name__ == "__main__":
