@@ -1,4 +1,4 @@
-"""Initial distillation: what the auxiliary model is taught by the global model, and how well it learned it.
+"""Initial distillation: what the auxiliary model is taught, and how well it learned it.
 
 Axes: B batch, T text tokens, E embedding size, N positions with logits, V vocabulary.
 """
@@ -27,14 +27,17 @@ class Distillation:
 
     Args:
         stage: Steps, optimizer, schedule (warm-up) and clipping; zero steps skip the distillation.
-        hidden_weight: Weight of the mean squared error between the last hidden states, padding left out, as a
-            share of the teacher's mean square (so that the weight means the same for every model).
-        logit_weight: Weight of the KL divergence from the global model's next-token distribution, in nats.
+        hidden_weight: Weight of the mean squared error between the last hidden states, padding left
+            out, as a share of the teacher's mean square (so that the weight means the same for
+            every model).
+        logit_weight: Weight of the KL divergence from the global model's next-token distribution,
+            in nats.
         lm_weight: Weight of the auxiliary's own cross-entropy, in nats.
         kd_temperature: Softmax temperature of the KL divergence, above 0.
-        max_logit_tokens: Label positions a batch may spend on logits; a random choice is taken of more.
-        cache_dir: Folder of finished auxiliary models, found again by a hash of all that made them; null takes
-            `$FEDSP_CACHE` or `~/.cache/fedsp`; an empty string keeps none.
+        max_logit_tokens: Label positions a batch may spend on logits; a random choice is taken of
+            more.
+        cache_dir: Folder of finished auxiliary models, found again by a hash of all that made them;
+            null takes `$FEDSP_CACHE` or `~/.cache/fedsp`; an empty string keeps none.
         strict_public_data: Stop where public examples occur in a client's data, instead of warning.
     """
 
@@ -51,18 +54,24 @@ class Distillation:
         """Check the weights.
 
         Raises:
-            ValueError: If a weight is negative or all are zero.
+            ValueError: If a weight is negative or all are zero, or another number is out of its
+            range.
         """
         weights = (self.hidden_weight, self.logit_weight, self.lm_weight)
         if min(weights) < 0 or max(weights) == 0:
             raise ValueError(
-                "`model.initial_distillation` needs `hidden_weight`, `logit_weight`, `lm_weight` >= 0 and one "
-                f"above 0, got {weights}."
+                "`model.initial_distillation` needs `hidden_weight`, `logit_weight`, `lm_weight` "
+                f">= 0 and one above 0, got {weights}."
             )
         if self.max_logit_tokens < 1:
             raise ValueError(
                 "`model.initial_distillation.max_logit_tokens` must be at least 1, got "
                 f"{self.max_logit_tokens}."
+            )
+        if not self.kd_temperature > 0:
+            raise ValueError(
+                "`model.initial_distillation.kd_temperature` must be above 0, got "
+                f"{self.kd_temperature}."
             )
 
     def loss(
@@ -191,7 +200,8 @@ def cache_key(teacher: Backbone, spec: Distillation, facts: dict[str, Any]) -> s
     """Hash everything that makes a distilled auxiliary model.
 
     Args:
-        teacher: The global model; its configuration and a sample of every parameter count.
+        teacher: The global model; its configuration, every bit of its parameters and the place of
+            its text count.
         spec: The distillation; its optimizer and schedule count by their numbers.
         facts: Whatever else counts, as plain data: recipe, public data, seed, precision.
 
@@ -201,13 +211,17 @@ def cache_key(teacher: Backbone, spec: Distillation, facts: dict[str, Any]) -> s
     digest = hashlib.sha256()
     digest.update(teacher.model.config.to_json_string().encode())
     for name, parameter in teacher.model.named_parameters():
-        flat = parameter.detach().flatten()
-        sample = flat[:: max(1, flat.numel() // 256)].float().cpu().contiguous()
         digest.update(f"{name}{tuple(parameter.shape)}{parameter.dtype}".encode())
-        digest.update(sample.numpy().tobytes())
+        flat = parameter.detach().flatten().cpu()
+        digest.update(flat.view(torch.uint8).numpy().data)
     weights = asdict(replace(spec, stage=Stage(steps=0), cache_dir="", strict_public_data=False))
     weights.pop("stage")
-    described = {"spec": weights, "stage": _describe_stage(spec.stage), **facts}
+    described = {
+        "spec": weights,
+        "stage": _describe_stage(spec.stage),
+        "position_offset": teacher.spec.position_offset,
+        **facts,
+    }
     digest.update(json.dumps(described, sort_keys=True, default=str).encode())
     return digest.hexdigest()
 
@@ -215,18 +229,18 @@ def cache_key(teacher: Backbone, spec: Distillation, facts: dict[str, Any]) -> s
 def _describe_stage(stage: Stage) -> dict[str, Any]:
     """Optimizer and schedule by what they do: callables themselves have no stable text."""
     optimizer, scheduler = stage.build([Parameter(torch.zeros(1))], max(1, stage.steps))
-    optimizer.param_groups[0]["params"][0].grad = torch.zeros(1)
-    rates = []
+    group = optimizer.param_groups[0]
+    group["params"][0].grad = torch.zeros(1)
+    settings = []
     for _ in range(max(1, stage.steps)):
-        rates.append(optimizer.param_groups[0]["lr"])
+        settings.append({name: str(value) for name, value in group.items() if name != "params"})
         optimizer.step()
         if scheduler is not None:
             scheduler.step()
     return {
         "steps": stage.steps,
         "optimizer": type(optimizer).__qualname__,
-        "defaults": {k: str(v) for k, v in sorted(optimizer.defaults.items())},
-        "rates": rates,
+        "settings": settings,
         "gradient_clip_norm": stage.gradient_clip_norm,
         "accumulate_grad_batches": stage.accumulate_grad_batches,
     }

@@ -1,0 +1,324 @@
+"""Losses against closed forms, quality of known pairs, and a cache key that notices everything."""
+
+from dataclasses import replace
+from functools import partial
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from families import random_text, tiny_backbone, tiny_config
+from fedsp.auxiliary import KeptLayers, SharedCell
+from fedsp.backbone import Backbone
+from fedsp.distillation import Distillation, cache_key, measure_quality
+from fedsp.schedules import LinearWarmup
+from fedsp.stages import Stage
+
+FACTS: dict[str, Any] = {"recipe": ["SharedCell", {"start": 0}], "public": "abc", "seed": 0}
+
+
+def sgd(lr: float = 0.1) -> Any:
+    return lambda parameters: torch.optim.SGD(parameters, lr=lr)
+
+
+def spec(**options: Any) -> Distillation:
+    return Distillation(Stage(steps=3, optimizer=sgd()), **options)
+
+
+@pytest.fixture
+def teacher() -> Backbone:
+    return tiny_backbone("gpt2")
+
+
+@pytest.fixture
+def student(teacher: Backbone) -> Backbone:
+    return SharedCell().build(teacher).backbone
+
+
+@pytest.fixture
+def batch() -> dict[str, Tensor]:
+    ids, mask = random_text(rows=2)
+    labels = ids.masked_fill(mask == 0, -100)
+    labels[:, :3] = -100
+    return {"input_ids": ids, "attention_mask": mask, "labels": labels}
+
+
+@torch.no_grad()
+def closed_forms(
+    teacher: Backbone, student: Backbone, batch: dict[str, Tensor], temperature: float = 1.0
+) -> dict[str, Tensor]:
+    """Every term by sums over tokens, from the models' own full logits."""
+    ids, mask, labels = batch["input_ids"], batch["attention_mask"], batch["labels"]
+    hidden, full = [], []
+    for model in (teacher, student):
+        output = model.model(input_ids=ids, attention_mask=mask, output_hidden_states=True)
+        hidden.append(output.hidden_states[-1])
+        full.append(output.logits)
+    squares, scale, lm, divergence, count = 0.0, 0.0, 0.0, 0.0, 0
+    for row in range(ids.shape[0]):
+        for column in range(ids.shape[1]):
+            if mask[row, column]:
+                squares = squares + (hidden[1] - hidden[0])[row, column].pow(2).sum()
+                scale = scale + hidden[0][row, column].pow(2).sum()
+            if column and labels[row, column] != -100:
+                p, q = ((f[row, column - 1] / temperature).softmax(-1) for f in full)
+                divergence = divergence + (p * (p / q).log()).sum() * temperature**2
+                lm = lm - full[1][row, column - 1].softmax(-1)[labels[row, column]].log()
+                count += 1
+    return {"hidden": squares / scale, "logit": divergence / count, "lm": lm / count}
+
+
+# --- the loss -----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "weights",
+    [
+        {"hidden": 1.0},
+        {"logit": 1.0},
+        {"lm": 1.0},
+        {"hidden": 0.5, "logit": 2.0, "lm": 0.25},
+    ],
+)
+@pytest.mark.parametrize("temperature", [1.0, 2.5])
+def test_the_loss_is_the_weighted_sum_of_its_closed_forms(
+    teacher: Backbone,
+    student: Backbone,
+    batch: dict[str, Tensor],
+    weights: dict[str, float],
+    temperature: float,
+) -> None:
+    options = {f"{name}_weight": weights.get(name, 0.0) for name in ("hidden", "logit", "lm")}
+    loss = spec(kd_temperature=temperature, **options).loss(
+        teacher, student, batch, torch.Generator()
+    )
+    terms = closed_forms(teacher, student, batch, temperature)
+    expected = sum(weight * terms[name] for name, weight in weights.items())
+    assert loss.shape == ()
+    assert torch.allclose(loss, torch.as_tensor(expected), rtol=1e-4)
+
+
+def test_padding_plays_no_part(
+    teacher: Backbone, student: Backbone, batch: dict[str, Tensor]
+) -> None:
+    """Another token at padded places, and more of them, leave the loss as it is."""
+    settings = spec(logit_weight=1.0, lm_weight=1.0)
+    loss = settings.loss(teacher, student, batch, torch.Generator())
+    wide = {
+        "input_ids": torch.nn.functional.pad(batch["input_ids"], (0, 5), value=7),
+        "attention_mask": torch.nn.functional.pad(batch["attention_mask"], (0, 5)),
+        "labels": torch.nn.functional.pad(batch["labels"], (0, 5), value=-100),
+    }
+    wide["input_ids"][wide["attention_mask"] == 0] = 9
+    assert torch.allclose(settings.loss(teacher, student, wide, torch.Generator()), loss, rtol=1e-5)
+
+
+def test_the_teacher_gets_no_gradient_and_the_student_does(batch: dict[str, Tensor]) -> None:
+    """Even where the teacher's parameters would take one."""
+    teacher, student = tiny_backbone("gpt2"), tiny_backbone("gpt2", seed=1)
+    for parameter in (*teacher.parameters(), *student.parameters()):
+        parameter.requires_grad_(True)
+    settings = spec(logit_weight=1.0, lm_weight=1.0)
+    settings.loss(teacher, student, batch, torch.Generator()).backward()
+    assert all(parameter.grad is None for parameter in teacher.parameters())
+    assert all(parameter.grad is not None for parameter in student.parameters())
+
+
+def test_of_many_label_positions_a_random_subset_from_the_generator_counts(
+    teacher: Backbone, student: Backbone, batch: dict[str, Tensor]
+) -> None:
+    """With one position the loss is one token's; over many draws every token comes."""
+    single = spec(hidden_weight=0.0, lm_weight=1.0, max_logit_tokens=1)
+    hidden = student.hidden_states(batch["input_ids"], batch["attention_mask"])
+    logits = student.logits(hidden)[:, :-1].flatten(0, 1)
+    tokens = torch.nn.functional.cross_entropy(
+        logits, batch["labels"][:, 1:].flatten(), ignore_index=-100, reduction="none"
+    )
+    possible = tokens[tokens != 0].detach()
+    generator = torch.Generator().manual_seed(3)
+    global_state = torch.get_rng_state()
+
+    def draw(generator: torch.Generator) -> float:
+        with torch.no_grad():
+            return float(single.loss(teacher, student, batch, generator))
+
+    drawn = [draw(generator) for _ in range(150)]
+    assert torch.equal(torch.get_rng_state(), global_state)
+    nearest = (torch.tensor(drawn)[:, None] - possible).abs().min(dim=1)
+    assert nearest.values.max() < 1e-5
+    assert nearest.indices.unique().numel() == possible.numel()
+    again = torch.Generator().manual_seed(3)
+    assert [draw(again) for _ in range(5)] == drawn[:5]
+
+
+def test_few_label_positions_are_all_taken_without_a_draw(
+    teacher: Backbone, student: Backbone, batch: dict[str, Tensor]
+) -> None:
+    generator = torch.Generator().manual_seed(3)
+    state = generator.get_state()
+    num_labels = int((batch["labels"][:, 1:] != -100).sum())
+    settings = spec(lm_weight=1.0, max_logit_tokens=num_labels)
+    settings.loss(teacher, student, batch, generator)
+    assert torch.equal(generator.get_state(), state)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"hidden_weight": -1.0}, "`hidden_weight`, `logit_weight`, `lm_weight` >= 0 and one"),
+        ({"hidden_weight": 0.0}, "one above 0"),
+        (
+            {"max_logit_tokens": 0},
+            "`model.initial_distillation.max_logit_tokens` must be at least 1",
+        ),
+        ({"kd_temperature": 0.0}, "`model.initial_distillation.kd_temperature` must be above 0"),
+    ],
+)
+def test_settings_that_mean_nothing_are_refused(options: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        spec(**options)
+
+
+# --- quality ------------------------------------------------------------------------------------
+
+
+def test_a_model_is_perfect_beside_itself(teacher: Backbone, batch: dict[str, Tensor]) -> None:
+    quality = measure_quality(teacher, tiny_backbone("gpt2"), [batch])
+    assert quality.hidden_error == 0.0
+    assert quality.divergence == pytest.approx(0.0, abs=1e-7)
+    assert quality.lm_loss == quality.global_lm_loss
+
+
+def test_quality_is_the_mean_over_the_tokens_of_all_batches(
+    teacher: Backbone, student: Backbone, batch: dict[str, Tensor]
+) -> None:
+    """Batches of different sizes weigh by their tokens and label tokens."""
+    small = {name: tensor[:1, :6] for name, tensor in batch.items()}
+    quality = measure_quality(teacher, student, [batch, small])
+    terms = [closed_forms(teacher, student, part) for part in (batch, small)]
+    tokens = [int(part["attention_mask"].sum()) for part in (batch, small)]
+    labels = [int((part["labels"][:, 1:] != -100).sum()) for part in (batch, small)]
+
+    def mean(name: str, counts: list[int]) -> float:
+        weighted = sum(float(t[name]) * count for t, count in zip(terms, counts, strict=True))
+        return weighted / sum(counts)
+
+    assert quality.hidden_error == pytest.approx(mean("hidden", tokens), rel=1e-4)
+    assert quality.divergence == pytest.approx(mean("logit", labels), rel=1e-4)
+    assert quality.lm_loss == pytest.approx(mean("lm", labels), rel=1e-4)
+
+
+# --- the cache key ------------------------------------------------------------------------------
+
+
+def key(teacher: Backbone, settings: Distillation | None = None, **facts: Any) -> str:
+    return cache_key(teacher, settings or spec(), {**FACTS, **facts})
+
+
+def test_equal_ingredients_make_equal_keys(teacher: Backbone) -> None:
+    assert key(teacher) == key(tiny_backbone("gpt2"))
+    assert len(key(teacher)) == 64
+
+
+def test_a_change_of_any_single_number_of_the_teacher_changes_the_key() -> None:
+    """Every element of the token embeddings, whose table is larger than any sample of it."""
+    teacher = tiny_backbone(
+        "gpt2", config=tiny_config("gpt2", num_layers=1, n_embd=8, vocab_size=40)
+    )
+    table = teacher.model.get_input_embeddings().weight.data.view(-1)
+    original = key(teacher)
+    keys = {original}
+    for index in range(table.numel()):
+        before = table[index].item()
+        table[index] = before + 1.0
+        keys.add(key(teacher))
+        table[index] = before
+    assert len(keys) == 1 + table.numel()
+    for parameter in teacher.parameters():
+        before = parameter.data.view(-1)[-1].item()
+        parameter.data.view(-1)[-1] = before + 1.0
+        assert key(teacher) != original
+        parameter.data.view(-1)[-1] = before
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+def test_half_precision_weights_have_keys_too(dtype: Any) -> None:
+    one, other = (tiny_backbone("gpt2", dtype=dtype) for _ in range(2))
+    assert key(one) == key(other) != key(tiny_backbone("gpt2"))
+    next(other.parameters()).data.view(-1)[5] += 1.0
+    assert key(one) != key(other)
+
+
+def test_the_place_of_the_text_changes_the_key() -> None:
+    assert key(tiny_backbone("llama")) != key(tiny_backbone("llama", position_offset=3))
+
+
+BASE = Stage(steps=3, optimizer=sgd())
+CHANGES: dict[str, Distillation] = {
+    "hidden_weight": spec(hidden_weight=2.0),
+    "logit_weight": spec(logit_weight=1.0),
+    "lm_weight": spec(lm_weight=1.0),
+    "kd_temperature": spec(kd_temperature=2.0),
+    "max_logit_tokens": spec(max_logit_tokens=7),
+    "steps": Distillation(replace(BASE, steps=4)),
+    "learning rate": Distillation(replace(BASE, optimizer=sgd(0.2))),
+    "optimizer class": Distillation(replace(BASE, optimizer=partial(torch.optim.Adagrad, lr=0.1))),
+    "optimizer option": Distillation(
+        replace(BASE, optimizer=lambda p: torch.optim.SGD(p, lr=0.1, momentum=0.5))
+    ),
+    "schedule": Distillation(replace(BASE, lr_scheduler=LinearWarmup)),
+    "schedule option": Distillation(
+        replace(BASE, lr_scheduler=partial(LinearWarmup, final_fraction=0.5))
+    ),
+    "schedule of the momentum": Distillation(
+        replace(
+            BASE,
+            optimizer=lambda p: torch.optim.SGD(p, lr=0.1, momentum=0.9),
+            lr_scheduler=lambda o, n: torch.optim.lr_scheduler.OneCycleLR(o, 0.1, n),
+        )
+    ),
+    "limits of the momentum": Distillation(
+        replace(
+            BASE,
+            optimizer=lambda p: torch.optim.SGD(p, lr=0.1, momentum=0.9),
+            lr_scheduler=lambda o, n: torch.optim.lr_scheduler.OneCycleLR(
+                o, 0.1, n, base_momentum=0.5
+            ),
+        )
+    ),
+    "gradient_clip_norm": Distillation(replace(BASE, gradient_clip_norm=0.5)),
+    "no clipping": Distillation(replace(BASE, gradient_clip_norm=None)),
+    "accumulate_grad_batches": Distillation(replace(BASE, accumulate_grad_batches=2)),
+}
+
+
+def test_each_setting_that_makes_the_artefact_changes_the_key(teacher: Backbone) -> None:
+    keys = {name: key(teacher, settings) for name, settings in CHANGES.items()}
+    keys["nothing"] = key(teacher)
+    assert len(set(keys.values())) == len(keys)
+
+
+@pytest.mark.parametrize(
+    "facts",
+    [
+        {"recipe": ["SharedCell", vars(SharedCell(start=1))]},
+        {"recipe": ["KeptLayers", vars(KeptLayers(num_layers=2))]},
+        {"public": "other"},
+        {"seed": 1},
+    ],
+)
+def test_each_fact_changes_the_key(teacher: Backbone, facts: dict[str, Any]) -> None:
+    assert key(teacher, **facts) != key(teacher)
+
+
+@pytest.mark.parametrize("options", [{"cache_dir": "/elsewhere"}, {"strict_public_data": True}])
+def test_what_does_not_make_the_artefact_leaves_the_key(
+    teacher: Backbone, options: dict[str, Any]
+) -> None:
+    assert key(teacher, spec(**options)) == key(teacher)
+
+
+def test_an_equal_optimizer_written_otherwise_leaves_the_key(teacher: Backbone) -> None:
+    other = Distillation(replace(BASE, optimizer=partial(torch.optim.SGD, lr=0.1)))
+    assert key(teacher, other) == key(teacher)
