@@ -1,4 +1,4 @@
-"""What happens once, before the first round: the auxiliary model is derived, taught, measured and kept."""
+"""Before the first round, once: the auxiliary model is derived, taught, measured and kept."""
 
 import os
 import warnings
@@ -38,33 +38,32 @@ def check_public_data(data: FederatedDataModule, spec: Distillation | None) -> N
     """Make sure that the distillation has data, and say whether clients' examples are in it.
 
     Raises:
-        ValueError: If public data is wanted and missing, or `strict_public_data` is set and examples overlap.
+        ValueError: If public data is wanted and missing, or `strict_public_data` is set and
+            examples overlap.
     """
     if spec is None or spec.stage.steps == 0:
         return
     if not data.num_examples("public"):
         raise ValueError(
-            "`model.initial_distillation` needs public data, but `data.public` is null. Name a source, a "
-            "fraction or a number of rows, or set `model.initial_distillation` to null."
+            "`model.initial_distillation` needs public data, but `data.public` is null. Name a "
+            "source, a fraction or a number of rows, or set `model.initial_distillation` to null."
         )
     overlap = data.public_overlap()
     if overlap == 0:
         return
     message = (
-        f"`data.public`: {overlap} public examples occur in the clients' data too, so what is called public is "
-        "partly theirs."
+        f"`data.public`: {overlap} public examples occur in the clients' data too, so what is "
+        "called public is partly theirs."
     )
     if spec.strict_public_data:
-        raise ValueError(
-            f"{message} `model.initial_distillation.strict_public_data` forbids that."
-        )
+        raise ValueError(f"{message} `model.initial_distillation.strict_public_data` forbids that.")
     warnings.warn(f"{message} `strict_public_data: true` makes this an error.", stacklevel=2)
 
 
 def prepare_auxiliary(
     fabric: Fabric, server: ServerModule, data: FederatedDataModule, *, kept: Path, trainer: Any
 ) -> Preparation:
-    """Derive the auxiliary model and teach it, or find it where an earlier start of the run left it.
+    """Derive the auxiliary model and teach it, or find it where an earlier start left it.
 
     Args:
         fabric: Where to run.
@@ -76,38 +75,86 @@ def prepare_auxiliary(
     Returns:
         The auxiliary model on the server's device.
     """
-    spec = server.initial_distillation
-    backbone = server.require_model()[0]
-    auxiliary = fabric.to_device(server.auxiliary_recipe.build(backbone))
+    auxiliary = server.auxiliary_recipe.build(server.require_model()[0])
+    fabric.to_device(auxiliary)
     if kept.exists():
         state = load_state(kept)
         auxiliary.load(state["weights"])
-        return Preparation(auxiliary, *_qualities(state), cached=True)
+        prepared = Preparation(auxiliary, *_qualities(state), cached=True)
+    else:
+        prepared = _make(fabric, server, auxiliary, data, trainer)
+        qualities = [q and asdict(q) for q in (prepared.before, prepared.after)]
+        save_state(kept, {"weights": auxiliary.state(), "quality": qualities})
+    trainer.call("on_distillation_end", prepared.before, prepared.after, prepared.cached)
+    return prepared
+
+
+def _make(
+    fabric: Fabric,
+    server: ServerModule,
+    auxiliary: Auxiliary,
+    data: FederatedDataModule,
+    trainer: Any,
+) -> Preparation:
+    spec = server.initial_distillation
     before = _measure(fabric, server, auxiliary, data)
     if spec is None or spec.stage.steps == 0:
-        _keep(kept, auxiliary, before, before)
         return Preparation(auxiliary, before, before, cached=False)
+    artefact = _artefact(server, spec, data, trainer)
+    cached = artefact is not None and _load(artefact, auxiliary)
+    if not cached:
+        _teach(fabric, server, auxiliary, spec, data, trainer)
+        if artefact is not None:
+            _store(artefact, auxiliary)
+    # measured, not cached with the weights: the server's data may be another run's
+    after = _measure(fabric, server, auxiliary, data)
+    return Preparation(auxiliary, before, after, cached)
+
+
+def _artefact(
+    server: ServerModule, spec: Distillation, data: FederatedDataModule, trainer: Any
+) -> Path | None:
+    """File of the distilled weights in the cache, named by all that makes them; None keeps none."""
+    if spec.cache_dir == "":
+        return None
+    recipe, batching = server.auxiliary_recipe, data.batching
     facts = {
-        "recipe": [type(server.auxiliary_recipe).__qualname__, vars(server.auxiliary_recipe)],
+        "recipe": [type(recipe).__qualname__, vars(recipe)],
         "public": data.fingerprint("public"),
+        "batches": [data.seed, batching.batch_size, batching.length_grouping],
         "seed": trainer.seed,
         "precision": trainer.precision,
     }
-    folder = _cache_folder(spec)
-    artefact = folder / f"{cache_key(backbone, spec, facts)}.safetensors" if folder else None
-    if artefact is not None and artefact.exists():
-        state = load_state(artefact)
-        auxiliary.load(state["weights"])
-        before, after = _qualities(state)
-    else:
-        _teach(fabric, server, auxiliary, spec, data, trainer)
-        after = _measure(fabric, server, auxiliary, data)
-        if artefact is not None:
-            artefact.parent.mkdir(parents=True, exist_ok=True)
-            _keep(artefact, auxiliary, before, after)
-        artefact = None
-    _keep(kept, auxiliary, before, after)
-    return Preparation(auxiliary, before, after, cached=artefact is not None)
+    root = Path(spec.cache_dir or os.environ.get("FEDSP_CACHE") or "~/.cache/fedsp").expanduser()
+    key = cache_key(server.require_model()[0], spec, facts)
+    return root / "auxiliary" / f"{key}.safetensors"
+
+
+def _load(artefact: Path, auxiliary: Auxiliary) -> bool:
+    """Take distilled weights from the cache; a damaged file is as good as none."""
+    if not artefact.exists():
+        return False
+    try:
+        auxiliary.load(load_state(artefact))
+    except (OSError, ValueError, TypeError, AttributeError) as error:
+        warnings.warn(
+            f"The cached auxiliary model {artefact} is unusable and made anew: {error}.",
+            stacklevel=2,
+        )
+        return False
+    return True
+
+
+def _store(artefact: Path, auxiliary: Auxiliary) -> None:
+    try:
+        artefact.parent.mkdir(parents=True, exist_ok=True)
+        save_state(artefact, auxiliary.state())
+    except OSError as error:
+        warnings.warn(
+            f"The auxiliary model cannot be cached in {artefact.parent}: {error}. "
+            "Every run distils anew until `model.initial_distillation.cache_dir` names a folder that can be written.",
+            stacklevel=2,
+        )
 
 
 def _teach(
@@ -143,20 +190,6 @@ def _measure(
     batches = (fabric.to_device(batch) for batch in islice(loader, QUALITY_BATCHES))
     with fabric.autocast():
         return measure_quality(server.require_model()[0], auxiliary.backbone, batches)
-
-
-def _cache_folder(spec: Distillation) -> Path | None:
-    if spec.cache_dir == "":
-        return None
-    root = spec.cache_dir or os.environ.get("FEDSP_CACHE") or "~/.cache/fedsp"
-    return Path(root).expanduser() / "auxiliary"
-
-
-def _keep(
-    path: Path, auxiliary: Auxiliary, before: Quality | None, after: Quality | None
-) -> None:
-    qualities = [None if quality is None else asdict(quality) for quality in (before, after)]
-    save_state(path, {"weights": auxiliary.state(), "quality": qualities})
 
 
 def _qualities(state: Any) -> tuple[Quality | None, Quality | None]:
