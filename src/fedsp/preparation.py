@@ -152,7 +152,8 @@ def _store(artefact: Path, auxiliary: Auxiliary) -> None:
     except OSError as error:
         warnings.warn(
             f"The auxiliary model cannot be cached in {artefact.parent}: {error}. "
-            "Every run distils anew until `model.initial_distillation.cache_dir` names a folder that can be written.",
+            "Every run distils anew until `model.initial_distillation.cache_dir` names a folder "
+            "that can be written.",
             stacklevel=2,
         )
 
