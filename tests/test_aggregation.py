@@ -82,7 +82,7 @@ def test_sgd_at_rate_one_takes_the_aggregate_and_at_half_goes_half_way() -> None
 
 
 def test_fedadam_equals_torch_adam_on_the_pseudo_gradient_by_hand() -> None:
-    """Adam's update written out, with the prompt moved between rounds as server training moves it."""
+    """Adam's update written out; the prompt moves between rounds as server training moves it."""
     rate, beta1, beta2, eps = 0.1, 0.9, 0.99, 1e-3
     optimizer = ServerOptimizer(
         lambda p: torch.optim.Adam(p, lr=rate, betas=(beta1, beta2), eps=eps)

@@ -2,12 +2,12 @@ from pathlib import Path
 
 import pytest
 import torch
-from tiny import make_client, make_server
 
 from fedsp.auxiliary import KeptLayers, SharedCell
 from fedsp.client import ClientModule
 from fedsp.messages import ServerBroadcast
 from fedsp.stages import Stage
+from tiny import make_client, make_server
 
 
 def _installed(tmp_path: Path, recipe: SharedCell | KeptLayers, **options: object) -> ClientModule:

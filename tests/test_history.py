@@ -50,7 +50,9 @@ def test_evaluations_are_due_every_n_rounds_and_after_the_last() -> None:
 
 def test_an_unknown_metric_to_monitor_names_the_known_ones() -> None:
     history = History(Evaluation(monitor="val_loss"))
-    with pytest.raises(ValueError, match=r"monitor` must be one of \['server/val_loss'\], got 'val_loss'"):
+    with pytest.raises(
+        ValueError, match=r"monitor` must be one of \['server/val_loss'\], got 'val_loss'"
+    ):
         history.offer(0, {"server/val_loss": 1.0}, PREFIX)
 
 

@@ -42,5 +42,6 @@ def test_normalised_accuracy_divides_by_characters() -> None:
 
 
 def test_a_model_that_cannot_tell_the_choices_apart_is_right_by_position_only() -> None:
-    # argmax takes the first of equal scores, as lm-eval does: wrong for question 1, right for question 2
+    # argmax takes the first of equal scores, as lm-eval does: wrong for question 1, right for
+    # question 2
     assert _accuracy(False, [-1.0] * 5, [1] * 5) == 0.5

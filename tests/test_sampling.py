@@ -30,5 +30,7 @@ def test_no_clients_at_all_are_allowed() -> None:
 
 
 def test_more_clients_than_there_are_is_refused_by_name() -> None:
-    with pytest.raises(ValueError, match=r"clients_per_round` must be in \[0, num_clients=10\], got 12"):
+    with pytest.raises(
+        ValueError, match=r"clients_per_round` must be in \[0, num_clients=10\], got 12"
+    ):
         UniformSampler(clients_per_round=12).cohort(10, seed=0, round_idx=0)

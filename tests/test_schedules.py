@@ -28,7 +28,9 @@ def test_no_warmup_starts_at_the_full_rate() -> None:
 
 
 def test_fractions_outside_the_unit_interval_are_refused() -> None:
-    with pytest.raises(ValueError, match=r"`lr_scheduler.warmup_fraction` must be in \[0, 1\], got 2"):
+    with pytest.raises(
+        ValueError, match=r"`lr_scheduler.warmup_fraction` must be in \[0, 1\], got 2"
+    ):
         _rates(4, warmup_fraction=2.0)
 
 

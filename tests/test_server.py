@@ -3,11 +3,11 @@ from pathlib import Path
 import lightning
 import pytest
 import torch
-from tiny import make_data, make_server
 
 from fedsp.losses import token_cross_entropy
 from fedsp.server import ServerModule, SoftPromptSpec
 from fedsp.stages import Stage
+from tiny import make_data, make_server
 
 
 @pytest.fixture
@@ -81,7 +81,7 @@ def test_a_twin_shares_the_global_model_and_owns_its_prompt(server: ServerModule
 def test_a_prompt_of_no_tokens_is_the_bare_global_model(tmp_path: Path) -> None:
     server = make_server(tmp_path, soft_prompt=SoftPromptSpec(num_virtual_tokens=0))
     server.configure_model()
-    backbone, prompt = server.eval().require_model()
+    backbone, _ = server.eval().require_model()
     batch = _batch()
     bare = token_cross_entropy(*backbone.label_logits(batch, None)[:2]).mean()
     assert torch.equal(server.training_step(batch, 0), bare)

@@ -1,4 +1,4 @@
-"""The round loop end to end on a tiny federation: what it promises about numbers, files and interruptions."""
+"""The round loop end to end on a tiny federation: its numbers, files and interruptions."""
 
 import json
 import warnings
@@ -7,7 +7,6 @@ from typing import Any
 
 import pytest
 import torch
-from tiny import adamw, fit, make_client, make_data, make_server, make_trainer
 from torch import Tensor
 
 from fedsp.aggregation import StreamingMean
@@ -22,6 +21,7 @@ from fedsp.sampling import UniformSampler
 from fedsp.stages import Stage
 from fedsp.state_files import load_state
 from fedsp.trainer import FederatedTrainer
+from tiny import adamw, fit, make_client, make_data, make_server, make_trainer
 
 
 class Interrupt(FederatedCallback):
@@ -54,7 +54,8 @@ def _equal(one: Any, other: Any) -> bool:
     return bool(one == other)
 
 
-# --- numbers ---------------------------------------------------------------------------------------
+# --- numbers
+# ---------------------------------------------------------------------------------------
 
 
 def test_a_run_leaves_everything_in_its_place(tmp_path: Path) -> None:
@@ -77,7 +78,7 @@ def test_equal_seeds_give_equal_runs_and_other_seeds_others(tmp_path: Path) -> N
 
 
 def test_one_round_of_one_client_equals_training_by_hand(tmp_path: Path) -> None:
-    """One client, prompt stage only, no dropout, no server steps: the aggregate is that client's prompt."""
+    """One client, prompt stage only, no server steps: the aggregate is that client's prompt."""
     client = make_client(
         auxiliary=Stage(steps=0),
         soft_prompt=Stage(steps=3, optimizer=lambda p: torch.optim.SGD(p, lr=0.5)),
@@ -151,15 +152,13 @@ def test_clients_do_not_see_each_others_auxiliary_models(tmp_path: Path) -> None
             def cohort(self, num_clients: int, *, seed: int, round_idx: int) -> list[int]:
                 return [0, 1, 2] if self.clients_per_round is None else [2]
 
-        fit(
-            tmp_path, tmp_path / name, num_rounds=1, sampler=Last(size), callbacks=[first]
-        )
+        fit(tmp_path, tmp_path / name, num_rounds=1, sampler=Last(size), callbacks=[first])
         losses.append(first.losses)
     assert losses[0] == losses[1]
 
 
 class WatchDtypes(FederatedCallback):
-    """Collects the output dtypes of a linear layer of the global model and of the auxiliary model."""
+    """Collects the output dtypes of a linear layer of the global and the auxiliary model."""
 
     def __init__(self) -> None:
         self.dtypes: dict[str, set[torch.dtype]] = {"server": set(), "client": set()}
@@ -182,9 +181,7 @@ def test_autocast_is_on_in_every_step_exactly_when_asked_for(
     tmp_path: Path, precision: str, dtype: torch.dtype
 ) -> None:
     watch = WatchDtypes()
-    trainer = fit(
-        tmp_path, tmp_path / "run", precision=precision, num_rounds=1, callbacks=[watch]
-    )
+    trainer = fit(tmp_path, tmp_path / "run", precision=precision, num_rounds=1, callbacks=[watch])
     assert watch.dtypes["server"] == {dtype}
     assert dtype in watch.dtypes["client"]
     assert trainer.federation.broadcast_prefix.dtype == torch.float32
@@ -240,7 +237,8 @@ def test_no_clients_at_all_is_server_only_training(tmp_path: Path) -> None:
     assert read_ledger(tmp_path / "run" / "ledger.jsonl") == []
 
 
-# --- stopping, killing, resuming -------------------------------------------------------------------
+# --- stopping, killing, resuming
+# -------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -261,8 +259,13 @@ def test_an_interrupted_run_resumes_to_the_same_bits(
     with pytest.raises(KeyboardInterrupt):
         fit(tmp_path, tmp_path / "cut", callbacks=[Interrupt(hook, round_idx)])
     fit(tmp_path, tmp_path / "cut", ckpt_path="last", callbacks=[FederatedCallback()])
-    assert _equal(_state(tmp_path / "whole")["tree"]["federation"], _state(tmp_path / "cut")["tree"]["federation"])
-    assert _equal(_state(tmp_path / "whole")["tree"]["history"], _state(tmp_path / "cut")["tree"]["history"])
+    assert _equal(
+        _state(tmp_path / "whole")["tree"]["federation"],
+        _state(tmp_path / "cut")["tree"]["federation"],
+    )
+    assert _equal(
+        _state(tmp_path / "whole")["tree"]["history"], _state(tmp_path / "cut")["tree"]["history"]
+    )
     whole, cut = ((tmp_path / name / "csv" / "metrics.csv") for name in ("whole", "cut"))
     assert len(cut.read_text().splitlines()) == len(whole.read_text().splitlines())
 
@@ -277,14 +280,17 @@ def test_a_server_optimizer_resumes_to_the_same_bits(tmp_path: Path) -> None:
     with pytest.raises(KeyboardInterrupt):
         fit(tmp_path, tmp_path / "cut", callbacks=[Interrupt("on_client_start", 1)], **options)
     fit(tmp_path, tmp_path / "cut", ckpt_path="last", callbacks=[FederatedCallback()], **options)
-    assert _equal(_state(tmp_path / "whole")["tree"]["federation"], _state(tmp_path / "cut")["tree"]["federation"])
+    assert _equal(
+        _state(tmp_path / "whole")["tree"]["federation"],
+        _state(tmp_path / "cut")["tree"]["federation"],
+    )
 
 
 def test_a_used_run_folder_is_refused_and_left_alone(tmp_path: Path) -> None:
     run = tmp_path / "run"
     run.mkdir()
     (run / "notes.txt").write_text("mine")
-    with pytest.raises(FileExistsError, match="`trainer.run_dir` must be a new or empty folder"):
+    with pytest.raises(FileExistsError, match=r"`trainer\.run_dir` must be a new or empty folder"):
         fit(tmp_path, run)
     assert [path.name for path in run.iterdir()] == ["notes.txt"]
 
@@ -310,7 +316,7 @@ def test_a_checkpoint_of_another_configuration_names_the_keys(tmp_path: Path) ->
 
 
 def test_early_stopping_ends_the_run(tmp_path: Path) -> None:
-    """Nothing is trained, so nothing gets better than the initial prompt: two evaluations and out."""
+    """Nothing is trained, so nothing beats the initial prompt: two evaluations and out."""
     trainer = fit(
         tmp_path,
         tmp_path / "run",
@@ -332,7 +338,8 @@ def test_the_best_round_is_what_is_exported(tmp_path: Path) -> None:
     assert torch.equal(import_adapter(tmp_path / "run" / "adapter"), trainer.history.best.prefix)
 
 
-# --- messages --------------------------------------------------------------------------------------
+# --- messages
+# --------------------------------------------------------------------------------------
 
 
 def test_the_ledger_holds_every_payload_and_after_the_handout_only_prompts(tmp_path: Path) -> None:
@@ -432,7 +439,8 @@ def test_a_foreign_tensor_stops_the_run(tmp_path: Path, monkeypatch: pytest.Monk
         fit(tmp_path, tmp_path / "run", num_rounds=1)
 
 
-# --- bad input -------------------------------------------------------------------------------------
+# --- bad input
+# -------------------------------------------------------------------------------------
 
 
 def test_a_cohort_larger_than_the_population_is_refused_before_any_work(tmp_path: Path) -> None:
@@ -444,12 +452,14 @@ def test_a_cohort_larger_than_the_population_is_refused_before_any_work(tmp_path
 def test_an_accelerator_that_is_not_there_is_named(tmp_path: Path) -> None:
     if torch.cuda.is_available():
         pytest.skip("a GPU is there")
-    with pytest.raises(ValueError, match="`trainer.accelerator` 'cuda'"):
+    with pytest.raises(ValueError, match=r"`trainer\.accelerator` 'cuda'"):
         FederatedTrainer(accelerator="cuda")
 
 
 def test_an_unknown_precision_names_the_known_ones(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match=r"`trainer.precision` must be one of .*model.backbone.dtype"):
+    with pytest.raises(
+        ValueError, match=r"`trainer.precision` must be one of .*model.backbone.dtype"
+    ):
         FederatedTrainer(accelerator="cpu", precision="bf16-true")  # type: ignore[arg-type]
 
 
@@ -457,12 +467,12 @@ def test_a_folder_without_write_permission_is_named(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("os.access", lambda path, mode: False)
-    with pytest.raises(PermissionError, match="`trainer.run_dir` must be writable"):
+    with pytest.raises(PermissionError, match=r"`trainer\.run_dir` must be writable"):
         fit(tmp_path, tmp_path / "run")
 
 
 def test_distillation_without_public_data_is_refused_before_any_work(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match="`model.initial_distillation` needs public data"):
+    with pytest.raises(ValueError, match=r"`model\.initial_distillation` needs public data"):
         fit(tmp_path, tmp_path / "run", data=make_data(tmp_path, public=None))
     assert not (tmp_path / "run").exists()
 
@@ -487,4 +497,7 @@ def test_a_full_disk_while_saving_leaves_the_last_checkpoint(
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         fit(tmp_path, tmp_path / "cut", ckpt_path="last")
-    assert _equal(_state(tmp_path / "whole")["tree"]["federation"], _state(tmp_path / "cut")["tree"]["federation"])
+    assert _equal(
+        _state(tmp_path / "whole")["tree"]["federation"],
+        _state(tmp_path / "cut")["tree"]["federation"],
+    )

@@ -1,4 +1,4 @@
-"""A federation small enough for tests: a random-weight GPT-2 and sums as questions, without any file from outside."""
+"""A federation small enough for tests: a random-weight GPT-2 and sums as questions."""
 
 import json
 from functools import cache

@@ -1,4 +1,4 @@
-"""How updates become one soft prompt: a streaming mean and a server optimizer on the pseudo-gradient.
+"""How updates become one soft prompt: a streaming mean and a server optimizer.
 
 Axes: the prefix is [L, 2, K, P, D].
 """
@@ -40,7 +40,8 @@ class StreamingMean(Aggregator):
         """Choose the weights.
 
         Args:
-            weight_by_examples: Weigh each client by its number of examples; otherwise all count alike.
+            weight_by_examples: Weigh each client by its number of examples; otherwise all count
+                alike.
         """
         self.weight_by_examples = weight_by_examples
         self.reset()
@@ -66,7 +67,9 @@ class StreamingMean(Aggregator):
 
 
 class ServerOptimizer:
-    """Steps the server's prefix along the pseudo-gradient `old - aggregate` with any `torch.optim` class.
+    """Steps the server's prefix with any `torch.optim` class.
+
+    The gradient it sees is the pseudo-gradient `old - aggregate`.
 
     Source: Reddi et al. 2021, arXiv 2003.00295, algorithm 2 (FedOpt).
     """
@@ -75,7 +78,8 @@ class ServerOptimizer:
         """Choose the optimizer.
 
         Args:
-            optimizer: Called with a list of one parameter. None takes the aggregate as it is (FedAvg).
+            optimizer: Called with a list of one parameter. None takes the aggregate as it is
+                (FedAvg).
         """
         self._factory = optimizer
         self._optimizer: torch.optim.Optimizer | None = None

@@ -1,6 +1,7 @@
 """The points of a run at which a callback is called; Fabric calls every object that has the method.
 
-The `trainer` argument is the `FederatedTrainer`; its `server`, `client`, `data`, `history` and `run_dir` may be read.
+The `trainer` argument is the `FederatedTrainer`; its `server`, `client`, `data`, `history` and
+`run_dir` may be read.
 """
 
 from collections.abc import Sequence
@@ -13,7 +14,8 @@ from torch import Tensor
 class FederatedCallback:
     """Does nothing at any point; override what is wanted.
 
-    State that must outlast a kill goes through `state_dict` and `load_state_dict`: plain data and tensors only.
+    State that must outlast a kill goes through `state_dict` and `load_state_dict`: plain data and
+    tensors only.
     """
 
     def on_fit_start(self, trainer: Any) -> None:
@@ -26,7 +28,7 @@ class FederatedCallback:
         """One optimizer step of the distillation is done; `loss` is a scalar on the device."""
 
     def on_distillation_end(self, trainer: Any, before: Any, after: Any, cached: bool) -> None:
-        """The auxiliary model is ready; `before` and `after` are `Quality`, None where not measured."""
+        """The auxiliary model is ready; `before` and `after` are `Quality` or None."""
 
     def on_round_start(self, trainer: Any, round_idx: int, cohort: Sequence[int]) -> None:
         """The cohort is known, nothing has been sent."""
@@ -37,11 +39,9 @@ class FederatedCallback:
     def on_client_end(
         self, trainer: Any, round_idx: int, client_id: int, stages: dict[str, Any]
     ) -> None:
-        """A client's answer is in; `stages` maps a stage to its `StageResult` and is empty for remote clients."""
+        """A client's answer is in; `stages` maps a stage to its `StageResult`."""
 
-    def on_update_rejected(
-        self, trainer: Any, round_idx: int, client_id: int, reason: str
-    ) -> None:
+    def on_update_rejected(self, trainer: Any, round_idx: int, client_id: int, reason: str) -> None:
         """An update was left out of the aggregate."""
 
     def on_aggregate_end(self, trainer: Any, round_idx: int, prefix: Tensor) -> None:
@@ -72,7 +72,7 @@ class FederatedCallback:
         """The round is safe on disk."""
 
     def on_test_end(self, trainer: Any, results: dict[str, Any]) -> None:
-        """The best prompt has been tested; entries added to `results["test"]` are kept and shown."""
+        """The best prompt is tested; entries added to `results["test"]` are kept and shown."""
 
     def on_fit_end(self, trainer: Any, report: dict[str, Any]) -> None:
         """The run is over; `report` says where everything is."""

@@ -1,4 +1,4 @@
-"""The client's role: a small auxiliary model and a soft prompt, trained in two stages on private data."""
+"""The client's role: an auxiliary model and a soft prompt, trained on private data."""
 
 from typing import Any
 
@@ -32,14 +32,15 @@ class ClientModule(LightningModule):
         """Keep the settings; the auxiliary model comes from the server.
 
         Args:
-            auxiliary: First stage of a round: the auxiliary model learns from the client's data, the prompt is
-                frozen. `steps: 0` leaves it out and keeps the auxiliary model as handed out.
+            auxiliary: First stage of a round: the auxiliary model learns from the client's data,
+                the prompt is frozen. `steps: 0` leaves it out and keeps the auxiliary model as
+                handed out.
             soft_prompt: Second stage: the prompt learns, the auxiliary model is frozen.
             dropout: Share of the prefix's numbers dropped while the prompt learns, in [0, 1).
-            reparameterization_size: Width of a two-layer MLP that makes the prefix on the client; null trains
-                the prefix itself. The MLP never travels.
-            keep_optimizers: Carry the optimizers' moments from one participation to the next; the schedules
-                always go on.
+            reparameterization_size: Width of a two-layer MLP that makes the prefix on the client;
+                null trains the prefix itself. The MLP never travels.
+            keep_optimizers: Carry the optimizers' moments from one participation to the next; the
+                schedules always go on.
         """
         super().__init__()
         self.stages = {"auxiliary": auxiliary, "soft_prompt": soft_prompt}
@@ -104,7 +105,7 @@ class ClientModule(LightningModule):
         return auxiliary.trainable() if stage == "auxiliary" else dict(prompt.named_parameters())
 
     def set_stage(self, stage: str) -> None:
-        """Freeze everything but what the stage trains; only that part is in training mode (dropout)."""
+        """Freeze all but what the stage trains; only that part is in training mode (dropout)."""
         auxiliary, prompt = self.require_model()
         self.stage = stage
         auxiliary.train(stage == "auxiliary")
@@ -115,13 +116,13 @@ class ClientModule(LightningModule):
                 parameter.grad = None
 
     def training_step(self, batch: dict[str, Tensor], batch_idx: int) -> Tensor:
-        """Return the mean loss over the label tokens of a batch under the auxiliary model, in nats."""
+        """Return the mean loss over a batch's label tokens under the auxiliary model, in nats."""
         auxiliary, prompt = self.require_model()
         logits, targets, _ = auxiliary.backbone.label_logits(batch, prompt())
         return token_cross_entropy(logits, targets).mean()
 
     def validation_step(self, batch: dict[str, Tensor], batch_idx: int) -> Scores:
-        """Return the likelihoods of a batch of choices under the auxiliary model with the prompt."""
+        """Return the likelihoods of a batch of choices under auxiliary model and prompt."""
         auxiliary, prompt = self.require_model()
         return score(auxiliary.backbone, batch, prompt())
 

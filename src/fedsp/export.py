@@ -24,7 +24,8 @@ def export_adapter(
 
     Args:
         prefix: [L, 2, K, P, D] The soft prompt in its key/value form.
-        backbone: The global model; a prompt whose text starts at position 0 is converted by rotating its keys.
+        backbone: The global model; a prompt whose text starts at position 0 is converted by
+            rotating its keys.
         folder: Created where missing; an adapter there is replaced.
         base_model: Folder or hub id of the global model, as `PeftModel` users will load it.
         results: Plain data for the card: methods and measured figures.
@@ -33,8 +34,8 @@ def export_adapter(
         The folder.
 
     Raises:
-        ValueError: If the prompt has no virtual tokens, or was trained with `position_offset` on a model with
-            learned positions, which peft cannot express.
+        ValueError: If the prompt has no virtual tokens, or was trained with `position_offset` on a
+            model with learned positions, which peft cannot express.
     """
     # peft takes about as long to import as everything else together; only an export needs it
     from peft import PrefixTuningConfig
@@ -42,8 +43,8 @@ def export_adapter(
     num_layers, _, num_heads, num_tokens, head_dim = prefix.shape
     if num_tokens == 0:
         raise ValueError(
-            "`model.soft_prompt.num_virtual_tokens` must be above 0 for an adapter, got 0: the global model "
-            "itself is the result."
+            "`model.soft_prompt.num_virtual_tokens` must be above 0 for an adapter, got 0: the "
+            "global model itself is the result."
         )
     offset = backbone.spec.position_offset
     if offset is not None and offset != num_tokens:
@@ -94,9 +95,9 @@ def _card(base_model: str, num_tokens: int, results: dict[str, Any]) -> str:
         "",
         "# Soft prompt trained with FedSP",
         "",
-        f"{num_tokens} virtual tokens at every layer of `{base_model}`, tuned by a federation in which only soft",
-        "prompts travelled: the global model never left the server, the data never left the clients",
-        "(arXiv 2311.06805).",
+        f"{num_tokens} virtual tokens at every layer of `{base_model}`, tuned by a federation in",
+        "which only soft prompts travelled: the global model never left the server, the data never",
+        "left the clients (arXiv 2311.06805).",
         "",
         "```python",
         "from peft import PeftModel",

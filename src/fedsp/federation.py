@@ -1,4 +1,4 @@
-"""Server and cohort between two checkpoints: broadcast, checked answers, aggregate, server training."""
+"""A round between server and cohort: broadcast, checked answers, aggregate, server training."""
 
 import math
 import time
@@ -221,7 +221,10 @@ class Federation:
 def _client_losses(replies: Sequence[Reply]) -> dict[str, float]:
     """Means over the clients that told their losses, as simulated ones do."""
     metrics: dict[str, float] = {}
-    for stage, name in (("soft_prompt", "client/train_loss"), ("auxiliary", "client/auxiliary_loss")):
+    for stage, name in (
+        ("soft_prompt", "client/train_loss"),
+        ("auxiliary", "client/auxiliary_loss"),
+    ):
         results = [reply.stages[stage] for reply in replies if stage in reply.stages]
         losses = [result.loss for result in results if math.isfinite(result.loss)]
         if losses:

@@ -13,7 +13,8 @@ class Evaluation:
 
     Args:
         every_n_rounds: Rounds between evaluations, at least 1; the last round is always evaluated.
-        monitor: Metric that picks the best round, such as `server/val_loss` or `server/val_accuracy`.
+        monitor: Metric that picks the best round, such as `server/val_loss` or
+            `server/val_accuracy`.
         mode: `min` where lower is better, `max` where higher is.
         patience: Evaluations without a better value before the run stops; null never stops early.
     """
@@ -31,7 +32,8 @@ class Evaluation:
         """
         if self.every_n_rounds < 1:
             raise ValueError(
-                f"`trainer.evaluation.every_n_rounds` must be at least 1, got {self.every_n_rounds}."
+                "`trainer.evaluation.every_n_rounds` must be at least 1, got "
+                f"{self.every_n_rounds}."
             )
         if self.patience is not None and self.patience < 1:
             raise ValueError(

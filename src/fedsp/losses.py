@@ -47,8 +47,8 @@ def hidden_loss(student_hidden: Tensor, teacher_hidden: Tensor, mask: Tensor) ->
     """
     if student_hidden.shape != teacher_hidden.shape or mask.shape != student_hidden.shape[:2]:
         raise ValueError(
-            f"expected equal shapes [B, T, E] and a mask [B, T], got {tuple(student_hidden.shape)}, "
-            f"{tuple(teacher_hidden.shape)} and {tuple(mask.shape)}"
+            "expected equal shapes [B, T, E] and a mask [B, T], got "
+            f"{tuple(student_hidden.shape)}, {tuple(teacher_hidden.shape)} and {tuple(mask.shape)}"
         )
     if not mask.any():
         raise ValueError("expected at least one position that counts, got an all-False mask")
@@ -61,7 +61,8 @@ def kd_loss(student_logits: Tensor, teacher_logits: Tensor, kd_temperature: floa
     Args:
         student_logits: [N, V] Student scores.
         teacher_logits: [N, V] Teacher scores; no gradient flows into them.
-        kd_temperature: Softmax temperature of both sides, above 0. The loss is scaled by its square.
+        kd_temperature: Softmax temperature of both sides, above 0. The loss is scaled by its
+            square.
 
     Returns:
         [] scalar in fp32.

@@ -9,7 +9,7 @@ from torchmetrics import Metric
 
 
 class TokenLoss(Metric):
-    """Mean negative log-likelihood of the label tokens, in nats a token, whatever the batch's make-up."""
+    """Mean negative log-likelihood a label token, in nats, however tokens are batched."""
 
     full_state_update = False
 
@@ -44,7 +44,8 @@ class ChoiceAccuracy(Metric):
         """Choose the score.
 
         Args:
-            normalize: Divide each choice's log-likelihood by its number of characters (lm-eval's `acc_norm`).
+            normalize: Divide each choice's log-likelihood by its number of characters (lm-eval's
+                `acc_norm`).
         """
         super().__init__()
         self.normalize = normalize
@@ -70,7 +71,8 @@ class ChoiceAccuracy(Metric):
         num_rows, num_questions = score.numel(), int(question.max()) + 1
         best = score.new_full((num_questions,), -torch.inf)
         best = best.scatter_reduce(0, question, score, "amax")
-        # of equal scores the first choice counts, as argmax has it: a model that cannot tell must not be right
+        # of equal scores the first choice counts, as argmax has it: a model that cannot tell must
+        # not be right
         rows = torch.arange(num_rows, device=score.device)
         rows = rows.masked_fill(score != best[question], num_rows - 1)
         first = rows.new_full((num_questions,), num_rows - 1)

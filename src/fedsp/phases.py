@@ -7,10 +7,11 @@ import math
 import time
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import torch
 from lightning.fabric import Fabric
+from lightning.fabric.wrappers import _FabricOptimizer
 from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
@@ -48,7 +49,7 @@ class StageResult:
 
 @dataclass
 class Optimization:
-    """An optimizer, its schedule and how many batches of the endless stream they have used."""
+    """An optimizer, its schedule and how many batches of the stream they have used."""
 
     optimizer: Optimizer
     scheduler: LRScheduler | None
@@ -80,9 +81,9 @@ def _optimize(
     batches: Batches,
     on_step: StepCallback | None = None,
 ) -> StageResult:
-    """Step the optimizer over all batches; the one loop that every kind of training goes through."""
+    """Step the optimizer over all batches; every kind of training goes through this loop."""
     started = time.perf_counter()
-    optimizer = fabric.setup_optimizers(optimization.optimizer)
+    optimizer = cast(_FabricOptimizer, fabric.setup_optimizers(optimization.optimizer))
     losses: list[Tensor] = []
     tokens: list[Tensor] = []
     steps = 0
@@ -137,7 +138,8 @@ def train_client(
 ) -> tuple[dict[str, StageResult], dict[str, Any]]:
     """Run a client's two stages: first the auxiliary model, then the soft prompt.
 
-    Both stages draw from one endless stream of the client's batches, each going on where the last one stopped.
+    Both stages draw from one endless stream of the client's batches, each going on where the last
+    one stopped.
 
     Args:
         fabric: Where to run.
@@ -151,9 +153,7 @@ def train_client(
     results: dict[str, StageResult] = {}
     kept: dict[str, Any] = dict(state)
     position = int(kept.get("batches", 0))
-    seed = seed_for(
-        turn.seed, "client_dropout", round_idx=turn.round_idx, client_id=turn.client_id
-    )
+    seed = seed_for(turn.seed, "client_dropout", round_idx=turn.round_idx, client_id=turn.client_id)
     with isolated_rng(seed):
         for name in STAGES:
             stage = client.stages[name]
@@ -161,9 +161,7 @@ def train_client(
                 continue
             client.set_stage(name)
             parameters = client.stage_parameters(name).values()
-            optimization = Optimization(
-                *stage.build(parameters, stage.steps * turn.participations)
-            )
+            optimization = Optimization(*stage.build(parameters, stage.steps * turn.participations))
             if name in kept:
                 optimization.load_state_dict(kept[name])
             part = client.require_model()[STAGES.index(name)]
@@ -276,8 +274,9 @@ def evaluate(
         on_step: Called with the number of batches done.
 
     Returns:
-        `loss` in nats a token over the right answers' tokens, `perplexity`, and, where questions have several
-        choices, `accuracy` and `accuracy_norm` (by characters, as lm-eval's `acc_norm`).
+        `loss` in nats a token over the right answers' tokens, `perplexity`, and, where questions
+        have several choices, `accuracy` and `accuracy_norm` (by characters, as lm-eval's
+        `acc_norm`).
     """
     loss = TokenLoss()
     accuracy = {"accuracy": ChoiceAccuracy(), "accuracy_norm": ChoiceAccuracy(normalize=True)}
@@ -287,10 +286,10 @@ def evaluate(
         moved = fabric.to_device(batch)
         with fabric.autocast():
             scores = score_batch(moved, batch_idx)
-        loss.update(scores.token_losses.cpu())
+        loss.update(scores["token_losses"].cpu())
         for metric in accuracy.values():
             metric.update(
-                scores.log_likelihood.cpu(),
+                scores["log_likelihood"].cpu(),
                 batch["question"],
                 batch["is_answer"],
                 batch["num_chars"],

@@ -36,17 +36,23 @@ class RunFolder:
             FileExistsError: If the folder holds a run and `resume` is off.
             PermissionError: If nothing can be written there.
         """
-        if not resume and self.path.exists() and (not self.path.is_dir() or any(self.path.iterdir())):
+        if (
+            not resume
+            and self.path.exists()
+            and (not self.path.is_dir() or any(self.path.iterdir()))
+        ):
             raise FileExistsError(
-                f"`trainer.run_dir` must be a new or empty folder, got {self.path}, which is in use. "
-                "Go on from it with `--ckpt_path last`, or name another one with `--trainer.run_dir`."
+                f"`trainer.run_dir` must be a new or empty folder, got {self.path}, which is in "
+                "use. Go on from it with `--ckpt_path last`, or name another one with "
+                "`--trainer.run_dir`."
             )
         existing = self.path
         while not existing.exists():
             existing = existing.parent
         if not os.access(existing, os.W_OK | os.X_OK):
             raise PermissionError(
-                f"`trainer.run_dir` must be writable, got {self.path}: no permission to write in {existing}."
+                f"`trainer.run_dir` must be writable, got {self.path}: no permission to write in "
+                f"{existing}."
             )
 
     def is_before_first_checkpoint(self) -> bool:

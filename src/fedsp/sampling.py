@@ -1,4 +1,4 @@
-"""Who takes part in a round: a pure function of seed and round, so that every process agrees unasked."""
+"""Who takes part in a round: a function of seed and round, so that all processes agree unasked."""
 
 from abc import ABC, abstractmethod
 
@@ -31,7 +31,8 @@ class UniformSampler(ClientSampler):
         """Set the size of the cohort.
 
         Args:
-            clients_per_round: Clients of a round; null takes all of them, 0 none (the server trains alone).
+            clients_per_round: Clients of a round; null takes all of them, 0 none (the server trains
+                alone).
 
         Raises:
             ValueError: If the number is negative.
@@ -51,8 +52,8 @@ class UniformSampler(ClientSampler):
         size = num_clients if self.clients_per_round is None else self.clients_per_round
         if size > num_clients:
             raise ValueError(
-                f"`trainer.sampler.clients_per_round` must be in [0, num_clients={num_clients}], got {size}. "
-                "Lower it or raise `data.partitioner.num_clients`."
+                f"`trainer.sampler.clients_per_round` must be in [0, num_clients={num_clients}], "
+                f"got {size}. Lower it or raise `data.partitioner.num_clients`."
             )
         generator = stream(seed, "cohort", round_idx=round_idx)
         return sorted(torch.randperm(num_clients, generator=generator)[:size].tolist())

@@ -1,4 +1,4 @@
-"""Learning-rate schedules that fedsp's configurations name; anything of `torch.optim.lr_scheduler` works too."""
+"""Learning-rate schedules beside those of `torch.optim.lr_scheduler`."""
 
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR
@@ -16,13 +16,15 @@ class LinearWarmup(LambdaLR):
     ) -> None:
         """Set up the schedule.
 
-        The first step already has a rate above zero: step `t` (0-based) of `w` warm-up steps runs at `(t + 1) / w`.
+        The first step already has a rate above zero: step `t` (0-based) of `w` warm-up steps runs
+        at `(t + 1) / w`.
 
         Args:
             optimizer: The optimizer whose learning rates are scaled.
             num_training_steps: Optimizer steps of the whole run, over all rounds.
             warmup_fraction: Share of the steps spent warming up, in [0, 1].
-            final_fraction: Learning rate after the last step, as a share of the initial one, in [0, 1].
+            final_fraction: Learning rate after the last step, as a share of the initial one, in [0,
+                1].
 
         Raises:
             ValueError: If a fraction lies outside [0, 1].

@@ -3,7 +3,7 @@
 Axes: R rows (one per choice), T text tokens, N label positions of right answers.
 """
 
-from dataclasses import dataclass
+from typing import TypedDict
 
 import torch
 from torch import Tensor
@@ -12,17 +12,13 @@ from fedsp.backbone import Backbone
 from fedsp.losses import token_cross_entropy
 
 
-@dataclass(frozen=True)
-class Scores:
-    """What an evaluation needs of one batch.
-
-    Args:
-        token_losses: [N] Negative log-likelihood of every token of the right answers, in nats.
-        log_likelihood: [R] Sum of the log-likelihood over each row's label tokens, in nats.
-    """
+class Scores(TypedDict):
+    """What an evaluation needs of one batch; a mapping, as Lightning wants of a step."""
 
     token_losses: Tensor
+    """[N] Negative log-likelihood of every token of the right answers, in nats."""
     log_likelihood: Tensor
+    """[R] Sum of the log-likelihood over each row's label tokens, in nats."""
 
 
 def score(backbone: Backbone, batch: dict[str, Tensor], prefix: Tensor | None) -> Scores:
@@ -40,4 +36,4 @@ def score(backbone: Backbone, batch: dict[str, Tensor], prefix: Tensor | None) -
     losses = token_cross_entropy(logits, targets)
     log_likelihood = torch.zeros(len(batch["labels"]), dtype=losses.dtype, device=losses.device)
     log_likelihood = log_likelihood.index_add(0, rows, -losses)
-    return Scores(losses[batch["is_answer"][rows]], log_likelihood)
+    return {"token_losses": losses[batch["is_answer"][rows]], "log_likelihood": log_likelihood}

@@ -1,7 +1,7 @@
 """Independent random streams, each named by what it is for; the global generators stay untouched.
 
-A stream is a pure function of `(seed, purpose, round_idx, client_id)`, so that a resumed run, another order of
-clients or another number of processes draws the same numbers.
+A stream is a pure function of `(seed, purpose, round_idx, client_id)`, so that a resumed run,
+another order of clients or another number of processes draws the same numbers.
 """
 
 import hashlib
@@ -28,9 +28,7 @@ def seed_for(seed: int, purpose: str, *, round_idx: int = -1, client_id: int = -
     return int.from_bytes(hashlib.sha256(name).digest()[:8], "big") >> 1
 
 
-def stream(
-    seed: int, purpose: str, *, round_idx: int = -1, client_id: int = -1
-) -> torch.Generator:
+def stream(seed: int, purpose: str, *, round_idx: int = -1, client_id: int = -1) -> torch.Generator:
     """Return a CPU generator of its own for one purpose; see `seed_for`."""
     generator = torch.Generator()
     generator.manual_seed(seed_for(seed, purpose, round_idx=round_idx, client_id=client_id))
@@ -41,16 +39,15 @@ def numpy_stream(
     seed: int, purpose: str, *, round_idx: int = -1, client_id: int = -1
 ) -> np.random.Generator:
     """Return a NumPy generator of its own for one purpose; see `seed_for`."""
-    return np.random.default_rng(
-        seed_for(seed, purpose, round_idx=round_idx, client_id=client_id)
-    )
+    return np.random.default_rng(seed_for(seed, purpose, round_idx=round_idx, client_id=client_id))
 
 
 @contextmanager
 def isolated_rng(seed: int) -> Iterator[None]:
     """Run a block under torch's global generators seeded with `seed`, then put their state back.
 
-    Dropout inside third-party models draws from the global generators and takes no generator of its own.
+    Dropout inside third-party models draws from the global generators and takes no generator of its
+    own.
 
     Args:
         seed: Seed within the block, for the CPU and every visible accelerator.

@@ -19,7 +19,9 @@ from fedsp.seeding import stream
 from fedsp.soft_prompt import NormalInit, PromptInitializer, SoftPrompt
 from fedsp.stages import Stage
 
-NEUTRAL_TEXT = "Read the text, think about what is asked, and write the answer that follows from it."
+NEUTRAL_TEXT = (
+    "Read the text, think about what is asked, and write the answer that follows from it."
+)
 
 
 @dataclass(frozen=True)
@@ -30,8 +32,8 @@ class SoftPromptSpec:
         num_virtual_tokens: Keys and values prepended at every layer, at least 0.
         initializer: Where the first prompt comes from; null draws from N(0, 0.02).
         dropout: Share of the prefix's numbers dropped while the server trains, in [0, 1).
-        reparameterization_size: Width of a two-layer MLP that makes the prefix on the server; null trains the
-            prefix itself. The MLP never travels.
+        reparameterization_size: Width of a two-layer MLP that makes the prefix on the server; null
+            trains the prefix itself. The MLP never travels.
     """
 
     num_virtual_tokens: int = 20
@@ -41,7 +43,7 @@ class SoftPromptSpec:
 
 
 class ServerModule(LightningModule):
-    """The global model, frozen, and its soft prompt: the only thing that is trained and that travels."""
+    """The global model, frozen, and its soft prompt: all that is trained and that travels."""
 
     def __init__(
         self,
@@ -59,9 +61,12 @@ class ServerModule(LightningModule):
             soft_prompt: Length and initialisation of the prompt.
             training: The server's own steps each round; `steps: 0` leaves them out. In a plain
                 `lightning.Trainer` only the optimizer counts.
-            auxiliary: How the clients' model is derived from the global model; null shares its first layer.
-            initial_distillation: How the auxiliary model is taught before the first round; null skips it.
-            seed: Seed of the prompt's initialisation and of random weights; null takes `seed_everything`.
+            auxiliary: How the clients' model is derived from the global model; null shares its
+                first layer.
+            initial_distillation: How the auxiliary model is taught before the first round; null
+                skips it.
+            seed: Seed of the prompt's initialisation and of random weights; null takes
+                `seed_everything`.
         """
         super().__init__()
         self.backbone_spec = backbone
@@ -97,7 +102,8 @@ class ServerModule(LightningModule):
         """Give the prompt its first value.
 
         Args:
-            sample_ids: Token ids of real text, for initialisers that start from its keys and values.
+            sample_ids: Token ids of real text, for initialisers that start from its keys and
+                values.
         """
         backbone, prompt = self.require_model()
         initializer = self.prompt_spec.initializer or NormalInit()

@@ -23,8 +23,8 @@ class Stage:
     Args:
         steps: Optimizer steps each time the stage runs (each round for a client and the server).
         optimizer: Any `torch.optim` class. Its state lasts over the rounds.
-        lr_scheduler: Any class called as `(optimizer, total_steps)` and stepped once an optimizer step, where
-            `total_steps` counts all rounds. None keeps the learning rate.
+        lr_scheduler: Any class called as `(optimizer, total_steps)` and stepped once an optimizer
+            step, where `total_steps` counts all rounds. None keeps the learning rate.
         gradient_clip_norm: Largest total gradient norm; None does not clip.
         accumulate_grad_batches: Batches per optimizer step.
     """

@@ -9,7 +9,7 @@ from typing import Any, Literal
 
 from lightning.fabric import Fabric
 from lightning.fabric.accelerators import Accelerator
-from lightning.fabric.plugins import ClusterEnvironment, Precision
+from lightning.fabric.plugins import CheckpointIO, ClusterEnvironment, Precision
 from lightning.fabric.strategies import Strategy
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.cli import OptimizerCallable
@@ -52,11 +52,12 @@ RESUME_IGNORES = (
     "ckpt_path",
     "config",
 )
+Plugin = Precision | ClusterEnvironment | CheckpointIO
 ScoreBatch = Callable[[dict[str, Tensor], int], Scores]
 
 
 class FederatedTrainer:
-    """Runs a federation: rounds of sampling, broadcast, client work, aggregation and server training."""
+    """Runs rounds of sampling, broadcast, client work, aggregation and server training."""
 
     def __init__(  # noqa: PLR0913 - the signature is the command line's schema
         self,
@@ -65,7 +66,7 @@ class FederatedTrainer:
         devices: list[int] | str | int = 1,
         num_nodes: int = 1,
         precision: Literal["32-true", "bf16-mixed", "16-mixed"] = "32-true",
-        plugins: Precision | ClusterEnvironment | list[Precision | ClusterEnvironment] | None = None,
+        plugins: Plugin | list[Plugin] | None = None,
         callbacks: list[FederatedCallback] | FederatedCallback | None = None,
         logger: list[LoggerFactory] | LoggerFactory | None = None,
         num_rounds: int = 10,
@@ -87,22 +88,25 @@ class FederatedTrainer:
             strategy: As Fabric takes it.
             devices: Number of devices, as Fabric takes it.
             num_nodes: Number of machines.
-            precision: Arithmetic of every step. The prompt and its optimizer are fp32 in each; for bf16 weights
-                of the global model set `model.backbone.dtype`.
+            precision: Arithmetic of every step. The prompt and its optimizer are fp32 in each; for
+                bf16 weights of the global model set `model.backbone.dtype`.
             plugins: Fabric plugins.
             callbacks: Called at the points of a run that `fedsp.callbacks` names.
-            logger: Functions or classes called with the folder for their files; null writes `csv/metrics.csv`.
+            logger: Functions or classes called with the folder for their files; null writes
+                `csv/metrics.csv`.
             num_rounds: Communication rounds, at least 0.
             sampler: Chooses each round's cohort; null takes every client.
             aggregator: Combines the updates; null averages them.
-            server_optimizer: Any `torch.optim` class, stepped on the pseudo-gradient (FedAvgM, FedAdam, ...);
-                null takes the aggregate as it is (FedAvg).
+            server_optimizer: Any `torch.optim` class, stepped on the pseudo-gradient (FedAvgM,
+                FedAdam, ...); null takes the aggregate as it is (FedAvg).
             communication: What travels, and what is done with it.
-            evaluation: When to measure on the selection split, what picks the best round, when to stop.
+            evaluation: When to measure on the selection split, what picks the best round, when to
+                stop.
             seed: Seed of sampling, dropout and distillation; null takes `seed_everything`.
             run_dir: New or empty folder of the run's files.
             keep_checkpoints: Checkpoints kept beside the best one.
-            client_memory_bytes: Memory that clients away from the cohort may use; the rest lies on disk.
+            client_memory_bytes: Memory that clients away from the cohort may use; the rest lies on
+                disk.
             enable_progress_bar: Show progress bars and the table of rounds.
 
         Raises:
@@ -110,8 +114,8 @@ class FederatedTrainer:
         """
         if precision not in PRECISIONS:
             raise ValueError(
-                f"`trainer.precision` must be one of {', '.join(PRECISIONS)}, got {precision!r}. For bf16 "
-                "weights set `model.backbone.dtype: bfloat16`, which leaves the prompt in fp32."
+                f"`trainer.precision` must be one of {', '.join(PRECISIONS)}, got {precision!r}. "
+                "`model.backbone.dtype: bfloat16` gives bf16 weights beside a prompt in fp32."
             )
         if num_rounds < 0:
             raise ValueError(f"`trainer.num_rounds` must be at least 0, got {num_rounds}.")
@@ -128,8 +132,8 @@ class FederatedTrainer:
             )
         except (MisconfigurationException, RuntimeError) as error:
             raise ValueError(
-                f"`trainer.accelerator` {accelerator!r} with `trainer.devices` {devices!r} cannot run here: "
-                f"{error} Use `--trainer.accelerator cpu` where there is no accelerator."
+                f"`trainer.accelerator` {accelerator!r} with `trainer.devices` {devices!r} cannot "
+                f"run here: {error} Use `--trainer.accelerator cpu` where there is no accelerator."
             ) from error
         self.precision = precision
         self.loggers = _as_list(logger) or [csv_logger]
@@ -196,7 +200,7 @@ class FederatedTrainer:
         self._save()
 
     def _select(self, round_idx: int) -> dict[str, float]:
-        """Measure the server's prompt on the selection split and remember it if it is the best so far."""
+        """Measure the server's prompt on the selection split and keep it if it is the best."""
         if not self.data.num_examples("selection"):
             return {}
         measured = self.measure(self.server, "selection")
@@ -222,7 +226,8 @@ class FederatedTrainer:
             model: The server.
             client: Not used.
             datamodule: Every party's data.
-            ckpt_path: `best` or `last` of `trainer.run_dir`, a checkpoint file, or null for the initial prompt.
+            ckpt_path: `best` or `last` of `trainer.run_dir`, a checkpoint file, or null for the
+                initial prompt.
 
         Returns:
             Metrics by name.
@@ -242,7 +247,8 @@ class FederatedTrainer:
             model: The server.
             client: Not used.
             datamodule: Every party's data.
-            ckpt_path: `best` or `last` of `trainer.run_dir`, a checkpoint file, or null for the initial prompt.
+            ckpt_path: `best` or `last` of `trainer.run_dir`, a checkpoint file, or null for the
+                initial prompt.
 
         Returns:
             Metrics by name.
@@ -263,7 +269,8 @@ class FederatedTrainer:
             model: The server.
             client: Not used.
             datamodule: Every party's data.
-            ckpt_path: `best` or `last` of `trainer.run_dir`, a checkpoint file, or null for the initial prompt.
+            ckpt_path: `best` or `last` of `trainer.run_dir`, a checkpoint file, or null for the
+                initial prompt.
             max_new_tokens: Longest completion in tokens, at least 1.
         """
         prefix = self._prefix_of(ckpt_path)
@@ -292,7 +299,8 @@ class FederatedTrainer:
             model: The server.
             client: Not used.
             datamodule: Not used.
-            ckpt_path: `best` or `last` of `trainer.run_dir`, a checkpoint file, or null for the initial prompt.
+            ckpt_path: `best` or `last` of `trainer.run_dir`, a checkpoint file, or null for the
+                initial prompt.
             output_dir: Folder of the adapter; null writes `adapter` in the run folder.
         """
         prefix = self._prefix_of(ckpt_path)
@@ -324,8 +332,8 @@ class FederatedTrainer:
             self.fabric.launch()
         if self.fabric.world_size > 1:
             raise ValueError(
-                "`trainer.devices` times `trainer.num_nodes` must be 1 process in this version, got "
-                f"{self.fabric.world_size}."
+                "`trainer.devices` times `trainer.num_nodes` must be 1 process in this version, "
+                f"got {self.fabric.world_size}."
             )
         self.server = server
         server.configure_model()
@@ -400,7 +408,7 @@ class FederatedTrainer:
             self._restore(state.tree)
 
     def _measure_start(self) -> None:
-        """Measure the global model alone and the initial prompt: what every round is compared with."""
+        """Measure the global model alone and the initial prompt, to compare with."""
         if not self.data.num_examples("selection"):
             return
         zero_shot = self.measure_zero_shot("selection")
@@ -408,7 +416,7 @@ class FederatedTrainer:
         self._select(-1)
 
     def _conclude(self) -> None:
-        """Load the best prompt, test it on data that chose nothing, export it, say where everything is."""
+        """Test the best prompt on data that chose nothing, export it, say where all is."""
         best = self.history.best
         results: dict[str, Any] = {"selection": {"zero_shot": self.history.zero_shot}}
         if best is not None:
@@ -431,9 +439,11 @@ class FederatedTrainer:
 
     def _export(self, results: dict[str, Any], folder: Path) -> Path:
         backbone, prompt = self.server.require_model()
-        name = self.server.backbone_spec.name_or_path
-        figures = {split: results[split] for split in ("selection", "test") if split in results}
-        return export_adapter(prompt.prefix(), backbone, folder, base_model=name, results=figures)
+        base_model = self.server.backbone_spec.name_or_path
+        figures = {name: value for name, value in results.items() if name in ("selection", "test")}
+        return export_adapter(
+            prompt.prefix(), backbone, folder, base_model=base_model, results=figures
+        )
 
     def _measure_run(
         self, server: ServerModule, data: FederatedDataModule, split: str, ckpt_path: str | None
@@ -473,14 +483,15 @@ class FederatedTrainer:
         self.tracker.replay(self.history.rounds)
 
     def _named_callbacks(self) -> dict[str, FederatedCallback]:
-        """Callbacks by class, so that a resumed run may have others beside them, such as no progress bar."""
+        """Callbacks by class: a resumed run may have more or fewer of them."""
         return {type(callback).__qualname__: callback for callback in self.callbacks}
 
     def _resume_state(self, ckpt_path: str | None) -> RunState | None:
         if ckpt_path is None:
             return None
         if ckpt_path == "last" and self.folder.is_before_first_checkpoint():
-            # killed before the first checkpoint: nothing of worth was lost, start anew in the same folder
+            # killed before the first checkpoint: nothing of worth was lost, start anew in the same
+            # folder
             return None
         config = self.config or None
         return self.checkpoints.load(ckpt_path, config=config, ignore=RESUME_IGNORES)
