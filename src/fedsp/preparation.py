@@ -85,7 +85,6 @@ def prepare_auxiliary(
         prepared = _make(fabric, server, auxiliary, data, trainer)
         qualities = [q and asdict(q) for q in (prepared.before, prepared.after)]
         save_state(kept, {"weights": auxiliary.state(), "quality": qualities})
-    trainer.call("on_distillation_end", prepared.before, prepared.after, prepared.cached)
     return prepared
 
 
