@@ -1,4 +1,4 @@
-"""The inner loops against loops written by hand, and an evaluation against sums over full logits."""
+"""The inner loops against loops by hand, and an evaluation against sums over full logits."""
 
 import math
 from collections.abc import Callable

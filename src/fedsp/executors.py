@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from lightning.fabric import Fabric
+from torch import Tensor
 
 from fedsp.client import ClientModule
 from fedsp.client_state import ClientStateStore
@@ -135,16 +136,16 @@ class InProcessExecutor(Executor):
         client.receive(decode_broadcast(broadcast, shared.contract))
 
         def loader(start: int, num_batches: int) -> Batches:
-            return shared.data.client_dataloader(
-                client_id, start_step=start, num_steps=num_batches
-            )
+            return shared.data.client_dataloader(client_id, start_step=start, num_steps=num_batches)
 
         turn = ClientTurn(client_id, round_idx, shared.seed, shared.participations, loader)
         results, training = train_client(shared.fabric, client, kept["training"], turn)
-        if results and all(math.isfinite(result.loss) for result in results.values()):
-            # a client that diverged starts its next turn from where it was; the server refuses this update
-            model = client.private_state()
-            shared.store.put(client_id, round_idx, {"model": model, "training": training})
+        state = {"model": client.private_state(), "training": training}
+        losses = [result.loss for result in results.values()]
+        # a client that diverged starts its next turn from where it was; the last step may diverge
+        # after the last loss
+        if results and _is_finite([losses, state]):
+            shared.store.put(client_id, round_idx, state)
         update = client.update(client_id, shared.data.client_num_examples(client_id))
         return Reply(client_id, encode(update, shared.contract.wire_dtype), results)
 
@@ -152,8 +153,10 @@ class InProcessExecutor(Executor):
         if client_id in self._handed_out:
             return
         if self._handout is None:
-            auxiliary = self.simulation.client.require_model()[0]
-            self._handout = _digest(encode_handout(auxiliary.handout()))
+            client = self.simulation.client
+            # after a resume another client's model may be in there
+            client.load_private_state(self._initial)
+            self._handout = _digest(encode_handout(client.require_model()[0].handout()))
         self.simulation.ledger.record_digest(round_idx, client_id, "down", *self._handout)
         self._handed_out.add(client_id)
 
@@ -170,6 +173,17 @@ class InProcessExecutor(Executor):
     def commit(self) -> None:
         """Delete private states that only an older checkpoint names."""
         self.simulation.store.commit()
+
+
+def _is_finite(tree: Any) -> bool:
+    """Whether nested state holds neither NaN nor infinity."""
+    if isinstance(tree, Tensor):
+        return bool(tree.isfinite().all())
+    if isinstance(tree, dict):
+        return all(map(_is_finite, tree.values()))
+    if isinstance(tree, list | tuple):
+        return all(map(_is_finite, tree))
+    return not isinstance(tree, float) or math.isfinite(tree)
 
 
 def _digest(data: bytes) -> tuple[dict[str, Any], int, str]:
