@@ -153,7 +153,10 @@ class Federation:
                 rejected += 1
                 call("on_update_rejected", round_idx, reply.client_id, str(reason))
         if len(replies) - rejected >= self.rules.communication.min_updates:
-            self._adopt(self.rules.server_optimizer.step(reference, aggregator.result()))
+            # what rounding for the wire took off the prompt is no client's doing: the server keeps it
+            rounding = self.broadcast_prefix - reference
+            aggregate = aggregator.result() + rounding
+            self._adopt(self.rules.server_optimizer.step(self.broadcast_prefix, aggregate))
             call("on_aggregate_end", round_idx, self.broadcast_prefix)
         return {
             "round/clients": float(len(replies)),
