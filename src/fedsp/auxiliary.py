@@ -152,6 +152,18 @@ class AuxiliaryRecipe(ABC):
     def slots(self, num_layers: int) -> list[int]:
         """Return the global layer whose prompt slot each of the auxiliary's layers reads."""
 
+    def check(self, num_layers: int) -> None:
+        """Refuse a model that the recipe does not fit, before anything is built.
+
+        Args:
+            num_layers: L.
+
+        Raises:
+            ValueError: If it does not.
+        """
+        self.sources(num_layers)
+        self.slots(num_layers)
+
     def build(self, backbone: Backbone) -> Auxiliary:
         """Derive the auxiliary model; the global one is neither changed nor copied.
 

@@ -111,7 +111,8 @@ class FederatedDataModule(LightningDataModule):
         if self.max_tokens is not None and self.max_tokens > max_tokens:
             raise ValueError(
                 f"`data.max_tokens` must be at most {max_tokens}, the model's positions less "
-                f"`model.soft_prompt.num_virtual_tokens`, got {self.max_tokens}. Lower one of the two."
+                f"`model.soft_prompt.num_virtual_tokens`, got {self.max_tokens}. Lower one of "
+                "the two."
             )
         if self.max_tokens is None:
             if self._is_set_up:
@@ -290,19 +291,14 @@ class FederatedDataModule(LightningDataModule):
             num_tokens: At most so many.
 
         Returns:
-            Examples of the server's split, else the public, else the selection split, joined.
-
-        Raises:
-            ValueError: If there is none of these splits.
+            Examples of the server's split, else the public, else the selection split, joined;
+            empty if there is none of these splits.
         """
         self._require_setup()
         for name in ("server", "public", "selection"):
             if name in self._portions:
                 return self._portions[name].store.head(num_tokens)
-        raise ValueError(
-            "A prompt that is initialised from text needs `data.server`, `data.public` or "
-            "`data.selection`; all are null. Give one, or choose another initialisation."
-        )
+        return []
 
     def public_overlap(self) -> int:
         """Return how many public examples have the same tokens as some client's example."""

@@ -50,7 +50,8 @@ class SoftPrompt(nn.Module):
             ValueError: If an argument is out of its range.
         """
         super().__init__()
-        _check_sizes(kv_shape, num_virtual_tokens, dropout, reparameterization_size)
+        _check_sizes(kv_shape)
+        check_options("", num_virtual_tokens, dropout, reparameterization_size)
         num_layers, num_kv_heads, head_dim = kv_shape
         self.shape = (num_layers, 2, num_kv_heads, num_virtual_tokens, head_dim)
         self.num_virtual_tokens = num_virtual_tokens
@@ -225,7 +226,8 @@ class TextInit(PromptInitializer):
         if len(sample_ids) == 0:
             raise ValueError(
                 "TextInit needs at least one token of text to start the prompt from, got none. "
-                "Give it a text, or choose NormalInit or ZerosInit."
+                "Give it a text (`data.server`, `data.public` or `data.selection`), or choose "
+                "NormalInit or ZerosInit for `model.soft_prompt.initializer`."
             )
         ids = [sample_ids[i % len(sample_ids)] for i in range(num_virtual_tokens)]
         return keys_values(torch.tensor([ids], dtype=torch.long)).float()
@@ -288,20 +290,33 @@ def _check_layer_map(layer_map: Sequence[int], num_layers: int) -> None:
         )
 
 
-def _check_sizes(
-    kv_shape: tuple[int, int, int],
-    num_virtual_tokens: int,
-    dropout: float,
-    reparameterization_size: int | None,
-) -> None:
+def _check_sizes(kv_shape: tuple[int, int, int]) -> None:
     if min(kv_shape) < 1:
         raise ValueError(f"`kv_shape` must be three positive sizes (L, K, D), got {kv_shape}.")
+
+
+def check_options(
+    owner: str, num_virtual_tokens: int, dropout: float, reparameterization_size: int | None
+) -> None:
+    """Check what a user sets of a prompt, before there is a model.
+
+    Args:
+        owner: What stands before the names in a message, such as `client.`.
+        num_virtual_tokens: P.
+        dropout: Probability.
+        reparameterization_size: Width of the network, or None.
+
+    Raises:
+        ValueError: If a number is out of its range.
+    """
     if num_virtual_tokens < 0:
-        raise ValueError(f"`num_virtual_tokens` must be at least 0, got {num_virtual_tokens}.")
+        raise ValueError(
+            f"`{owner}num_virtual_tokens` must be at least 0, got {num_virtual_tokens}."
+        )
     if not 0 <= dropout < 1:
-        raise ValueError(f"`dropout` of the soft prompt must be in [0, 1), got {dropout}.")
+        raise ValueError(f"`{owner}dropout` of the soft prompt must be in [0, 1), got {dropout}.")
     if reparameterization_size is not None and reparameterization_size < 1:
         raise ValueError(
-            "`reparameterization_size` must be at least 1, or null for none, got "
+            f"`{owner}reparameterization_size` must be at least 1, or null for none, got "
             f"{reparameterization_size}."
         )

@@ -357,6 +357,9 @@ class FederatedTrainer:
         """Make the last checks, then create the run's files: from here on a run can be resumed."""
         self.sampler.cohort(self.data.num_clients, seed=self.seed, round_idx=0)
         check_public_data(self.data, self.server.initial_distillation)
+        backbone, prompt = self.server.require_model()
+        self.server.auxiliary_recipe.check(backbone.kv_shape.num_layers)
+        self.server.initialize_prompt(self.data.sample_ids(prompt.num_virtual_tokens))
         # a logger that is not installed must leave no folder behind that looks like a run
         self.tracker = Tracker(self.loggers, self.folder.path)
         self.folder.create(self.config_text)
@@ -368,7 +371,6 @@ class FederatedTrainer:
         server, data = self.server, self.data
         cohort = self.sampler.cohort(data.num_clients, seed=self.seed, round_idx=0)
         prompt = server.require_model()[1]
-        server.initialize_prompt(data.sample_ids(prompt.num_virtual_tokens))
         self.preparation = prepare_auxiliary(
             self.fabric, server, data, kept=self.folder.auxiliary, trainer=self
         )
