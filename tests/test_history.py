@@ -49,10 +49,15 @@ def test_evaluations_are_due_every_n_rounds_and_after_the_last() -> None:
 
 
 def test_an_unknown_metric_to_monitor_names_the_known_ones() -> None:
-    history = History(Evaluation(monitor="val_loss"))
     with pytest.raises(
-        ValueError, match=r"monitor` must be one of \['server/val_loss'\], got 'val_loss'"
+        ValueError, match=r"monitor` must be one of \['server/val_loss', .*\], got 'val_loss'"
     ):
+        Evaluation(monitor="val_loss")
+
+
+def test_an_accuracy_without_choices_names_what_was_measured() -> None:
+    history = History(Evaluation(monitor="server/val_accuracy", mode="max"))
+    with pytest.raises(ValueError, match=r"must be one of \['server/val_loss'\], got 'server/val_acc"):
         history.offer(0, {"server/val_loss": 1.0}, PREFIX)
 
 

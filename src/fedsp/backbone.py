@@ -365,7 +365,7 @@ class Backbone(nn.Module):
         if self.max_positions is not None and num_positions > self.max_positions:
             raise ValueError(
                 f"the model has {self.max_positions} positions, virtual tokens and text need "
-                f"{num_positions}. Use fewer virtual tokens or shorter texts (`data.max_length`)."
+                f"{num_positions}. Use fewer virtual tokens or shorter texts (`data.max_tokens`)."
             )
 
 

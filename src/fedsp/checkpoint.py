@@ -49,7 +49,7 @@ class Checkpoints:
             ValueError: If `keep` is below 1.
         """
         if keep < 1:
-            raise ValueError(f"`keep` must be at least 1, got {keep}")
+            raise ValueError(f"`trainer.keep_checkpoints` must be at least 1, got {keep}")
         self.directory = directory
         self.keep = keep
 

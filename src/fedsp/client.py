@@ -12,7 +12,7 @@ from fedsp.losses import token_cross_entropy
 from fedsp.messages import ClientUpdate, ServerBroadcast
 from fedsp.scoring import Scores, score
 from fedsp.seeding import stream
-from fedsp.soft_prompt import SoftPrompt, gather_layers, scatter_layers
+from fedsp.soft_prompt import SoftPrompt, check_options, gather_layers, scatter_layers
 from fedsp.stages import Stage
 
 STAGES = ("auxiliary", "soft_prompt")
@@ -43,6 +43,7 @@ class ClientModule(LightningModule):
                 schedules always go on.
         """
         super().__init__()
+        check_options("client.", 0, dropout, reparameterization_size)
         self.stages = {"auxiliary": auxiliary, "soft_prompt": soft_prompt}
         self.dropout = dropout
         self.reparameterization_size = reparameterization_size

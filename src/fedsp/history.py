@@ -6,6 +6,11 @@ from typing import Any, Literal
 
 from torch import Tensor
 
+# what `fedsp.phases.evaluate` measures; the accuracies only where questions have several choices
+METRICS = tuple(
+    f"server/val_{name}" for name in ("loss", "perplexity", "accuracy", "accuracy_norm")
+)
+
 
 @dataclass(frozen=True)
 class Evaluation:
@@ -25,15 +30,20 @@ class Evaluation:
     patience: int | None = None
 
     def __post_init__(self) -> None:
-        """Check the numbers.
+        """Check the values.
 
         Raises:
-            ValueError: If a number is out of its range.
+            ValueError: If a value is out of its range.
         """
         if self.every_n_rounds < 1:
             raise ValueError(
                 "`trainer.evaluation.every_n_rounds` must be at least 1, got "
                 f"{self.every_n_rounds}."
+            )
+        if self.monitor not in METRICS:
+            raise ValueError(
+                f"`trainer.evaluation.monitor` must be one of {list(METRICS)}, "
+                f"got {self.monitor!r}."
             )
         if self.patience is not None and self.patience < 1:
             raise ValueError(

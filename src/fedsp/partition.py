@@ -318,7 +318,7 @@ def _check_num_clients(num_clients: int) -> None:
 def _check_enough(num_rows: int, num_clients: int, each: int = 1) -> None:
     if num_rows < num_clients * each:
         raise ValueError(
-            f"{num_clients} clients need at least {num_clients * each} rows, but only {num_rows} "
-            "rows are left for them. Lower the number of clients, carve out less or bring more "
-            "data."
+            f"`data.partitioner`: {num_clients} clients need at least {num_clients * each} rows, "
+            f"but only {num_rows} rows are left for them. Lower the number of clients, carve out "
+            "less or bring more data."
         )

@@ -16,7 +16,7 @@ from fedsp.messages import ServerBroadcast
 from fedsp.pretrained import NAME_OPTION, BackboneSpec, check_vocabulary, load_tokenizer
 from fedsp.scoring import Scores, score
 from fedsp.seeding import stream
-from fedsp.soft_prompt import NormalInit, PromptInitializer, SoftPrompt
+from fedsp.soft_prompt import NormalInit, PromptInitializer, SoftPrompt, check_options
 from fedsp.stages import Stage
 
 NEUTRAL_TEXT = (
@@ -40,6 +40,15 @@ class SoftPromptSpec:
     initializer: PromptInitializer | None = None
     dropout: float = 0.0
     reparameterization_size: int | None = None
+
+    def __post_init__(self) -> None:
+        """Check the numbers.
+
+        Raises:
+            ValueError: If a number is out of its range.
+        """
+        owner = "model.soft_prompt."
+        check_options(owner, self.num_virtual_tokens, self.dropout, self.reparameterization_size)
 
 
 class ServerModule(LightningModule):
