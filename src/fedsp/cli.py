@@ -1,11 +1,15 @@
 """The `fedsp` command: LightningCLI over the federated trainer.
 
-Run `fedsp fit --config configs/quickstart.yaml`; every choice is a `class_path` in YAML or an option.
+Run `fedsp fit --config configs/quickstart.yaml`; every choice is a `class_path` in YAML or an
+option.
 """
 
 import os
+import re
 import signal
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from types import FrameType
 from typing import Any, NoReturn
 
@@ -36,7 +40,7 @@ class StrictParser(LightningArgumentParser):
         super().__init__(*args, **{"allow_abbrev": False, **kwargs})
 
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:
-        """Print the reason without the list of all options and without the whole configuration, exit 2."""
+        """Print the reason, without all options and the whole configuration, and exit with 2."""
         if not self.exit_on_error:
             super().error(message, ex)
         lines = message.split("\n  Given value type:")[0].splitlines()
@@ -47,7 +51,12 @@ class StrictParser(LightningArgumentParser):
 
 
 # what jsonargparse says of the null that stands beside every class in its schema
-_NOISE = ("Does not validate against any of", "Subtypes:", "Errors:", "- Expected a <class 'NoneType'>")
+_NOISE = (
+    "Does not validate against any of",
+    "Subtypes:",
+    "Errors:",
+    "- Expected a <class 'NoneType'>",
+)
 
 
 class Terminated(KeyboardInterrupt):
@@ -81,11 +90,11 @@ class FederatedCLI(LightningCLI):
 
     @staticmethod
     def subcommands() -> dict[str, set[str]]:
-        """Return the trainer's methods that are commands, with the arguments that the CLI fills itself."""
+        """Return the trainer's methods that are commands, with what the CLI hands them itself."""
         return {name: {"model", "client", "datamodule"} for name in SUBCOMMANDS}
 
     def add_core_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
-        """Add trainer, server, client and data; LightningCLI's own method insists on a `lightning.Trainer`."""
+        """Add trainer, server, client and data; LightningCLI's method wants its own `Trainer`."""
         parser.add_class_arguments(
             FederatedTrainer, "trainer", fail_untyped=False, instantiate=False, sub_configs=True
         )
@@ -94,7 +103,10 @@ class FederatedCLI(LightningCLI):
         parser.add_lightning_class_args(FederatedDataModule, "data", subclass_mode=True)
         roles = {"model": ServerModule, "client": ClientModule, "data": FederatedDataModule}
         parser.set_defaults(
-            {name: {"class_path": f"{cls.__module__}.{cls.__name__}"} for name, cls in roles.items()}
+            {
+                name: {"class_path": f"{cls.__module__}.{cls.__name__}"}
+                for name, cls in roles.items()
+            }
         )
 
     def instantiate_classes(self) -> None:
@@ -108,9 +120,15 @@ class FederatedCLI(LightningCLI):
         for key in SEEDS:
             if key in config and config[key] is None:
                 config[key] = int(config.seed_everything)
-        super().instantiate_classes()
-        self.config = given
+        with _full_names(config):
+            # not LightningCLI's own method: it calls jsonargparse by a deprecated name
+            self.config_init = self.parser.instantiate(self.config)
+        self.datamodule = self._get(self.config_init, "data")
+        self.model = self._get(self.config_init, "model")
         self.client = self._get(self.config_init, "client")
+        with _full_names(config):
+            self.trainer = self.instantiate_trainer()
+        self.config = given
         text = self._config_text(given[self.subcommand] if self.subcommand else given)
         self.trainer.config_text = text
         self.trainer.config = yaml.safe_load(text)
@@ -121,6 +139,10 @@ class FederatedCLI(LightningCLI):
         kept.pop("ckpt_path", None)
         return str(self._parser(self.subcommand).dump(kept, skip_unset=False, skip_validation=True))
 
+    def _run_subcommand(self, subcommand: str) -> None:
+        with _full_names(self.config[subcommand]):
+            super()._run_subcommand(subcommand)
+
     def _parse_ckpt_path(self) -> None:
         """Leave `ckpt_path` to the trainer: LightningCLI would unpickle it."""
 
@@ -128,11 +150,38 @@ class FederatedCLI(LightningCLI):
         return {**super()._prepare_subcommand_kwargs(subcommand), "client": self.client}
 
 
+@contextmanager
+def _full_names(config: Namespace) -> Iterator[None]:
+    """Say what a part found wrong by the option's full name, without a list of alternatives.
+
+    A part knows not where it is used: what begins with a bare `name` gets the rest of it here.
+    """
+    try:
+        yield
+    except ValueError as error:
+        reason: BaseException = error
+        while str(reason).startswith(_NOISE) and (reason.__cause__ or reason.__context__):
+            reason = reason.__cause__ or reason.__context__ or reason
+        text = str(reason)
+        bare = re.match(r"`(\w+)`.* got ([^ ]+?)\.?$", text, re.DOTALL)
+        paths = [
+            key.replace(".init_args", "")
+            for key, value in config.items()
+            if bare and key.endswith(f".{bare[1]}") and str(value) == bare[2]
+        ]
+        if bare and paths:
+            text = f"`{'` or `'.join(paths)}`{text[len(bare[1]) + 2 :]}"
+        if text == str(error):
+            raise
+        raise ValueError(text) from error
+
+
 def main(args: list[str] | None = None) -> None:
     """Run the `fedsp` command.
 
-    An error that the user can mend is one line on stderr and exit status 1; `FEDSP_TRACEBACK=1` shows where it
-    came from. Ctrl-C ends with status 130 and SIGTERM with 143; both leave a run that can be resumed.
+    An error that the user can mend is one line on stderr and exit status 1; `FEDSP_TRACEBACK=1`
+    shows where it came from. Ctrl-C ends with status 130 and SIGTERM with 143; both leave a run
+    that can be resumed.
 
     Args:
         args: Command line; None reads `sys.argv`.
@@ -147,7 +196,7 @@ def main(args: list[str] | None = None) -> None:
     except (ValueError, OSError, ModuleNotFoundError, MisconfigurationException) as error:
         if os.environ.get("FEDSP_TRACEBACK"):
             raise
-        print(f"fedsp: error: {error}", file=sys.stderr)  # noqa: T201
+        print(f"fedsp: error: {error}", file=sys.stderr)
         sys.exit(1)
     finally:
         signal.signal(signal.SIGTERM, previous)
