@@ -153,7 +153,7 @@ class Federation:
                 rejected += 1
                 call("on_update_rejected", round_idx, reply.client_id, str(reason))
         if len(replies) - rejected >= self.rules.communication.min_updates:
-            # what rounding for the wire took off the prompt is no client's doing: the server keeps it
+            # what rounding for the wire took off the prompt is no client's doing: it stays
             rounding = self.broadcast_prefix - reference
             aggregate = aggregator.result() + rounding
             self._adopt(self.rules.server_optimizer.step(self.broadcast_prefix, aggregate))

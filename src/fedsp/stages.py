@@ -47,7 +47,7 @@ class Stage:
             raise ValueError(
                 f"`accumulate_grad_batches` must be at least 1, got {self.accumulate_grad_batches}."
             )
-        if self.gradient_clip_norm is not None and self.gradient_clip_norm <= 0:
+        if self.gradient_clip_norm is not None and not self.gradient_clip_norm > 0:
             raise ValueError(
                 f"`gradient_clip_norm` must be above 0 or null, got {self.gradient_clip_norm}."
             )
