@@ -3,7 +3,7 @@
 import os
 from pathlib import Path
 
-from fedsp.state_files import write_text_atomically
+from fedsp.state_files import remove_temporary_files, write_text_atomically
 
 
 class RunFolder:
@@ -33,7 +33,7 @@ class RunFolder:
             resume: The run goes on from what lies there.
 
         Raises:
-            FileExistsError: If the folder holds a run and `resume` is off.
+            FileExistsError: If the folder holds anything and `resume` is off, or is none.
             PermissionError: If nothing can be written there.
         """
         if (
@@ -49,6 +49,10 @@ class RunFolder:
         existing = self.path
         while not existing.exists():
             existing = existing.parent
+        if not existing.is_dir():
+            raise FileExistsError(
+                f"`trainer.run_dir` must be a folder, got {self.path}: {existing} is a file."
+            )
         if not os.access(existing, os.W_OK | os.X_OK):
             raise PermissionError(
                 f"`trainer.run_dir` must be writable, got {self.path}: no permission to write in "
@@ -57,14 +61,25 @@ class RunFolder:
 
     def is_before_first_checkpoint(self) -> bool:
         """Whether a run was started here and stopped before it had anything to go on from."""
-        return self.ledger.exists() and not any(self.checkpoints.glob("round-*"))
+        if not self.path.is_dir() or any(self.checkpoints.glob("round-*")):
+            return False
+        started = self.config.exists() or self.ledger.exists()
+        # killed between making the folder and the first file that is whole
+        return started or all(path.suffix == ".tmp" for path in self.path.iterdir())
 
     def create(self, config: str) -> None:
-        """Create the folder and keep the configuration of the first start.
+        """Create the folder and keep the configuration of the first start that got anywhere.
+
+        What a start without any checkpoint left may come from another configuration: it is made
+        anew.
 
         Args:
             config: Text of the configuration; empty keeps none.
         """
+        if self.is_before_first_checkpoint():
+            for path in (self.config, self.auxiliary):
+                path.unlink(missing_ok=True)
         self.path.mkdir(parents=True, exist_ok=True)
+        remove_temporary_files(self.path)
         if config and not self.config.exists():
             write_text_atomically(self.config, config)
