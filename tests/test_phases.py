@@ -397,11 +397,12 @@ def test_distillation_equals_a_loop_written_by_hand(tmp_path: Path, fabric: Fabr
         losses.append(float(loss.detach()))
     auxiliary = server.auxiliary_recipe.build(teacher)
     steps: list[tuple[int, float]] = []
+    server.initial_distillation = spec
     result = distill(
         fabric,
-        teacher,
+        server,
         auxiliary,
-        spec,
+        Optimization(*spec.stage.build(auxiliary.trainable().values(), 3)),
         batches,
         seed=0,
         on_step=lambda step, loss: steps.append((step, float(loss))),
@@ -418,13 +419,15 @@ def test_distillation_draws_from_its_own_stream(tmp_path: Path, fabric: Fabric) 
     spec = Distillation(
         Stage(2, sgd(0.5)), hidden_weight=0.0, lm_weight=1.0, max_logit_tokens=2, cache_dir=""
     )
+    server.initial_distillation = spec
     states = []
     for global_seed, seed in ((1, 0), (2, 0), (1, 1)):
         auxiliary = server.auxiliary_recipe.build(server.require_model()[0])
         torch.manual_seed(global_seed)
         before = torch.get_rng_state()
         batches = [text(), text(seed=1)]
-        distill(fabric, server.require_model()[0], auxiliary, spec, batches, seed=seed)
+        optimization = Optimization(*spec.stage.build(auxiliary.trainable().values(), 2))
+        distill(fabric, server, auxiliary, optimization, batches, seed=seed)
         assert torch.equal(torch.get_rng_state(), before)
         states.append(list(auxiliary.state().values()))
     assert all(map(torch.equal, states[0], states[1]))

@@ -8,15 +8,18 @@ from typing import Any
 import pytest
 import torch
 from lightning.fabric import Fabric
+from torch import Tensor
 
 from fedsp.auxiliary import KeptLayers
 from fedsp.batching import Batching
 from fedsp.callbacks import FederatedCallback
 from fedsp.distillation import Distillation, measure_quality
 from fedsp.preparation import Preparation, check_public_data, prepare_auxiliary
+from fedsp.schedules import LinearWarmup
 from fedsp.server import ServerModule
 from fedsp.sources import Files
 from fedsp.stages import Stage
+from fedsp.state_files import load_state
 from tiny import adamw, files, fit, make_client, make_data, make_server
 
 STAGE = Stage(steps=20, optimizer=adamw(3e-3))
@@ -419,3 +422,45 @@ def test_public_data_apart_from_the_clients_raises_nothing(tmp_path: Path) -> No
 def test_missing_public_data_is_named(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"needs public data, but `data\.public` is null"):
         check_public_data(ready_data(tmp_path, public=None), Distillation(STAGE))
+
+
+class Plug(FederatedCallback):
+    """Pulls it after some steps of the distillation, and counts them."""
+
+    def __init__(self, after: int) -> None:
+        self.after, self.steps = after, 0
+
+    def on_distillation_step(self, trainer: Any, step: int, loss: Tensor) -> None:
+        self.steps += 1
+        if step == self.after:
+            raise KeyboardInterrupt
+
+
+def test_a_distillation_cut_short_goes_on_where_it_was_saved(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("fedsp.preparation.SAVE_EVERY_N_STEPS", 4)
+    distillation = Distillation(
+        Stage(10, adamw(1e-3), LinearWarmup), logit_weight=1.0, max_logit_tokens=3, cache_dir=""
+    )
+
+    def run(name: str, plug: Plug, ckpt_path: str | None = None) -> Any:
+        server = make_server(tmp_path, initial_distillation=distillation)
+        fit(
+            tmp_path,
+            tmp_path / name,
+            server=server,
+            callbacks=[plug],
+            ckpt_path=ckpt_path,
+            num_rounds=0,
+        )
+        return load_state(tmp_path / name / "auxiliary.safetensors")["weights"]
+
+    whole = run("whole", Plug(after=99))
+    with pytest.raises(KeyboardInterrupt):
+        run("cut", Plug(after=9))
+    rest = Plug(after=99)
+    resumed = run("cut", rest, ckpt_path="last")
+    assert rest.steps == 2  # 8 of 10 were safe
+    assert all(torch.equal(resumed[name], tensor) for name, tensor in whole.items())
+    assert not list((tmp_path / "cut").glob("*.unfinished"))

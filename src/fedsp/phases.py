@@ -17,9 +17,7 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
 from fedsp.auxiliary import Auxiliary
-from fedsp.backbone import Backbone
 from fedsp.client import STAGES, ClientModule
-from fedsp.distillation import Distillation
 from fedsp.metrics import ChoiceAccuracy, TokenLoss
 from fedsp.scoring import Scores
 from fedsp.seeding import isolated_rng, seed_for, stream
@@ -212,9 +210,9 @@ def train_server(
 
 def distill(
     fabric: Fabric,
-    teacher: Backbone,
+    server: ServerModule,
     auxiliary: Auxiliary,
-    spec: Distillation,
+    optimization: Optimization,
     batches: Batches,
     *,
     seed: int,
@@ -226,25 +224,35 @@ def distill(
 
     Args:
         fabric: Where to run.
-        teacher: The frozen global model.
+        server: Holds the frozen global model and the `initial_distillation` that is wanted.
         auxiliary: Trained in place.
-        spec: Losses and stage.
-        batches: Public batches, as many as the stage wants.
+        optimization: Optimizer and schedule of `auxiliary.trainable()`, fresh or gone on with.
+        batches: Public batches; those of the whole stage, or of a part of it.
         seed: The run's seed.
         on_step: Called with the number of steps done and the last loss.
 
     Returns:
         The result of the stage.
+
+    Raises:
+        RuntimeError: If the server wants no distillation.
     """
+    spec, teacher = server.initial_distillation, server.require_model()[0]
+    if spec is None:
+        raise RuntimeError("expected a server with `initial_distillation`, got null")
     parameters = auxiliary.trainable()
     for parameter in parameters.values():
         parameter.requires_grad_(True)
     auxiliary.eval()
-    generator = stream(seed, "distillation_positions")
-    optimization = Optimization(*spec.stage.build(parameters.values(), spec.stage.steps))
+    first = optimization.batches
+
+    def loss_of(batch: dict[str, Tensor], batch_idx: int) -> Tensor:
+        positions = stream(seed, "distillation_positions", round_idx=first + batch_idx)
+        return spec.loss(teacher, auxiliary.backbone, batch, positions)
+
     result = _optimize(
         fabric,
-        lambda batch, _: spec.loss(teacher, auxiliary.backbone, batch, generator),
+        loss_of,
         auxiliary,
         spec.stage,
         optimization,

@@ -8,13 +8,16 @@ from pathlib import Path
 from typing import Any
 
 from lightning.fabric import Fabric
+from torch import Tensor
 
 from fedsp.auxiliary import Auxiliary
 from fedsp.data import FederatedDataModule
 from fedsp.distillation import QUALITY_BATCHES, Distillation, Quality, cache_key, measure_quality
-from fedsp.phases import distill
+from fedsp.phases import Optimization, distill
 from fedsp.server import ServerModule
 from fedsp.state_files import load_state, save_state
+
+SAVE_EVERY_N_STEPS = 250
 
 
 @dataclass(frozen=True)
@@ -82,9 +85,11 @@ def prepare_auxiliary(
         auxiliary.load(state["weights"])
         prepared = Preparation(auxiliary, *_qualities(state), cached=True)
     else:
-        prepared = _make(fabric, server, auxiliary, data, trainer)
+        unfinished = kept.with_suffix(".unfinished")
+        prepared = _make(fabric, server, auxiliary, data, trainer, unfinished)
         qualities = [q and asdict(q) for q in (prepared.before, prepared.after)]
         save_state(kept, {"weights": auxiliary.state(), "quality": qualities})
+        unfinished.unlink(missing_ok=True)
     return prepared
 
 
@@ -94,6 +99,7 @@ def _make(
     auxiliary: Auxiliary,
     data: FederatedDataModule,
     trainer: Any,
+    unfinished: Path,
 ) -> Preparation:
     spec = server.initial_distillation
     before = _measure(fabric, server, auxiliary, data)
@@ -102,7 +108,7 @@ def _make(
     artefact = _artefact(server, spec, data, trainer)
     cached = artefact is not None and _load(artefact, auxiliary)
     if not cached:
-        _teach(fabric, server, auxiliary, spec, data, trainer)
+        _teach(fabric, server, auxiliary, spec, data, trainer, unfinished)
         if artefact is not None:
             _store(artefact, auxiliary)
     # measured, not cached with the weights: the server's data may be another run's
@@ -164,17 +170,38 @@ def _teach(
     spec: Distillation,
     data: FederatedDataModule,
     trainer: Any,
+    unfinished: Path,
 ) -> None:
+    """Distil in parts, each safe on disk before the next, so that a killed run goes on there."""
     trainer.call("on_distillation_start", spec.stage.steps)
-    distill(
-        fabric,
-        server.require_model()[0],
-        auxiliary,
-        spec,
-        data.public_dataloader(start_step=0, num_steps=spec.stage.batches),
-        seed=trainer.seed,
-        on_step=lambda step, loss: trainer.call("on_distillation_step", step, loss),
-    )
+    accumulate = spec.stage.accumulate_grad_batches
+    parameters = auxiliary.trainable().values()
+    optimization = Optimization(*spec.stage.build(parameters, spec.stage.steps))
+    if unfinished.exists():
+        state = load_state(unfinished)
+        auxiliary.load(state["weights"])
+        optimization.load_state_dict(state["optimization"])
+    while (done := optimization.batches // accumulate) < spec.stage.steps:
+        steps = min(SAVE_EVERY_N_STEPS, spec.stage.steps - done)
+        batches = data.public_dataloader(
+            start_step=optimization.batches, num_steps=steps * accumulate
+        )
+
+        def on_step(step: int, loss: Tensor, done: int = done) -> None:
+            trainer.call("on_distillation_step", done + step, loss)
+
+        distill(
+            fabric,
+            server,
+            auxiliary,
+            optimization,
+            batches,
+            seed=trainer.seed,
+            on_step=on_step,
+        )
+        if done + steps < spec.stage.steps:
+            tree = {"weights": auxiliary.state(), "optimization": optimization.state_dict()}
+            save_state(unfinished, tree)
 
 
 def _measure(
