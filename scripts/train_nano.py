@@ -414,6 +414,8 @@ def main() -> None:
     }
     print(figures)
     model.bfloat16().save_pretrained(options.out)
+    # safetensors writes for the owner only; a package's files are for everybody
+    (options.out / "model.safetensors").chmod(0o644)
     tokenizer.save_pretrained(options.out)
     write_card(options, figures)
 

@@ -8,11 +8,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file, save
 from torch import Tensor
 
 from fedsp.backbone import Backbone
 from fedsp.pretrained import resolve
+from fedsp.state_files import write_bytes_atomically
 
 WEIGHTS = "adapter_model.safetensors"
 
@@ -63,7 +64,9 @@ def export_adapter(
     )
     config.save_pretrained(str(folder))
     embeddings = prefix.detach().float().cpu().permute(3, 0, 1, 2, 4).reshape(num_tokens, -1)
-    save_file({"prompt_embeddings": embeddings.contiguous()}, folder / WEIGHTS)
+    data = save({"prompt_embeddings": embeddings.contiguous()})
+    # not the library's own file writer: it lets nobody but the owner read the file
+    write_bytes_atomically(folder / WEIGHTS, data)
     (folder / "README.md").write_text(_card(base_model, num_tokens, results), encoding="utf-8")
     return folder
 
