@@ -4,17 +4,16 @@ import sys
 from importlib.metadata import version
 
 HELP = """\
-usage: fedsp {fit,validate,test,predict,export} --config FILE [--config FILE ...] [--OPTION VALUE
-    ...]
+usage: fedsp {fit,validate,test,predict,export} --config FILE [--config FILE ...] [--OPTION VALUE]
 
 Federated learning in which only tunable soft prompts travel.
 
 commands:
-  fit         Run the federated rounds, then test and export the best round's prompt.
-  validate    Measure a run's prompt on the selection split.
-  test        Measure a run's prompt on the test split.
-  predict     Write completions of the test split's prompts to `predictions.jsonl` in the run
-  folder. export      Write a run's prompt as a peft PREFIX_TUNING adapter with a model card.
+  fit       Run the federated rounds, then test and export the best round's prompt.
+  validate  Measure a run's prompt on the selection split.
+  test      Measure a run's prompt on the test split.
+  predict   Write completions of the test split's prompts to `predictions.jsonl` in the run folder.
+  export    Write a run's prompt as a peft PREFIX_TUNING adapter with a model card.
 
   fedsp COMMAND --help           every option with its meaning and default
   fedsp COMMAND --print_config   the configuration that would run
