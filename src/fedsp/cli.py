@@ -73,6 +73,7 @@ class FederatedCLI(LightningCLI):
             args: Command line as a list, or the options as a dictionary; None reads `sys.argv`.
             run: False parses and instantiates only.
         """
+        set_parsing_settings(docstring_parse_attribute_docstrings=True)
         super().__init__(
             ServerModule,
             FederatedDataModule,
@@ -186,7 +187,6 @@ def main(args: list[str] | None = None) -> None:
     Args:
         args: Command line; None reads `sys.argv`.
     """
-    set_parsing_settings(docstring_parse_attribute_docstrings=True)
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     previous = signal.signal(signal.SIGTERM, _terminate)
     try:
