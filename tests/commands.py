@@ -4,6 +4,7 @@ import contextlib
 import copy
 import io
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -40,7 +41,7 @@ def of_class(class_path: str, **init_args: Any) -> dict[str, Any]:
 def make_config(folder: Path) -> dict[str, Any]:
     """Return a configuration in which every choice is made by its class path."""
     tokenizer, rows = tiny.files(folder)
-    adamw = of_class("torch.optim.AdamW", lr=0.01, weight_decay=0.0)
+    adamw = partial(of_class, "torch.optim.AdamW", lr=0.01, weight_decay=0.0)
     server = {
         "backbone": {"name_or_path": tokenizer, "config": tiny.GPT2},
         "soft_prompt": {
@@ -49,7 +50,7 @@ def make_config(folder: Path) -> dict[str, Any]:
         },
         "training": {
             "steps": 2,
-            "optimizer": adamw,
+            "optimizer": adamw(),
             "lr_scheduler": of_class("fedsp.schedules.LinearWarmup", warmup_fraction=0.2),
         },
         "auxiliary": of_class("fedsp.auxiliary.KeptLayers", num_layers=2),
@@ -83,7 +84,7 @@ def make_config(folder: Path) -> dict[str, Any]:
         "client": of_class(
             "fedsp.client.ClientModule",
             auxiliary={"steps": 1},
-            soft_prompt={"steps": 2, "optimizer": adamw},
+            soft_prompt={"steps": 2, "optimizer": adamw()},
         ),
         "data": of_class("fedsp.data.FederatedDataModule", **data),
     }

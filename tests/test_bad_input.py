@@ -157,6 +157,50 @@ NUMBERS: dict[str, tuple[dict[str, Any], list[str]]] = {
         ["`model.training.steps` must be at least 0, got -1"],
     ),
     "num_rounds": ({"trainer.num_rounds": -1}, ["`trainer.num_rounds` must be at least 0, got -1"]),
+    "client_memory_bytes": (
+        {"trainer.client_memory_bytes": -1},
+        ["`trainer.client_memory_bytes` must be at least 0, got -1"],
+    ),
+    "learning rate": (
+        {"client.init_args.soft_prompt.optimizer.init_args.lr": -1.0},
+        ["`client.soft_prompt.optimizer` cannot be built", "-1.0"],
+    ),
+    "schedule": (
+        {f"{MODEL}.training.lr_scheduler.init_args.warmup_fraction": 2.0},
+        ["`model.training.lr_scheduler` cannot be built", "warmup_fraction", "got 2.0"],
+    ),
+    "a schedule that takes no number of steps": (
+        {f"{MODEL}.training.lr_scheduler": of_class("torch.optim.lr_scheduler.MultiStepLR")},
+        ["`model.training.lr_scheduler` cannot be built"],
+    ),
+    "distillation's learning rate": (
+        {f"{MODEL}.initial_distillation.stage.optimizer": of_class("torch.optim.AdamW", lr=-1.0)},
+        ["`model.initial_distillation.stage.optimizer` cannot be built", "-1.0"],
+    ),
+    "server optimizer": (
+        {"trainer.server_optimizer": of_class("torch.optim.Adam", lr=-1.0)},
+        ["`trainer.server_optimizer` cannot be built", "-1.0"],
+    ),
+    "spread of the first prompt": (
+        {f"{MODEL}.soft_prompt.initializer": of_class("fedsp.soft_prompt.NormalInit", std=-1.0)},
+        ["`model.soft_prompt.initializer.std`", "at least 0, got -1.0"],
+    ),
+    "batch size": (
+        {f"{DATA}.batching.batch_size": 0},
+        ["`data.batching.batch_size` must be at least 1, got 0"],
+    ),
+    "fraction": (
+        {f"{DATA}.selection": 1.5},
+        ["`data.selection` as a fraction must be in (0, 1), got 1.5"],
+    ),
+    "template": (
+        {f"{DATA}.task.init_args": {"prompt": "{question"}},
+        ["`data.task.prompt`='{question' is no template"],
+    ),
+    "no such column": (
+        {f"{DATA}.partitioner": of_class("fedsp.partition.ByColumn", column="author")},
+        ["`data.partitioner.column` must be a column of `data.clients`, got 'author'"],
+    ),
     "keep_checkpoints": (
         {"trainer.keep_checkpoints": 0},
         ["`trainer.keep_checkpoints` must be at least 1, got 0"],

@@ -80,7 +80,15 @@ class ServerOptimizer:
         Args:
             optimizer: Called with a list of one parameter. None takes the aggregate as it is
                 (FedAvg).
+
+        Raises:
+            ValueError: If torch refuses its settings.
         """
+        if optimizer is not None:
+            try:
+                optimizer([torch.nn.Parameter(torch.zeros(1))])
+            except (TypeError, ValueError) as error:
+                raise ValueError(f"`trainer.server_optimizer` cannot be built: {error}") from error
         self._factory = optimizer
         self._optimizer: torch.optim.Optimizer | None = None
         self._prefix: torch.nn.Parameter | None = None

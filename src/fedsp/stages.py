@@ -1,9 +1,10 @@
 """A stage: what an inner training loop does, how long, and with which optimizer and schedule."""
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 
 from lightning.pytorch.cli import OptimizerCallable
+from torch import zeros
 from torch.nn import Parameter
 from torch.optim import AdamW, Optimizer
 from torch.optim.lr_scheduler import LRScheduler
@@ -72,3 +73,25 @@ class Stage:
         optimizer = self.optimizer(parameters)
         scheduler = self.lr_scheduler(optimizer, total_steps) if self.lr_scheduler else None
         return optimizer, scheduler
+
+
+def try_out(stages: Mapping[str, Stage | None]) -> None:
+    """Build every stage's optimizer and schedule once, so that what cannot be built shows at once.
+
+    Args:
+        stages: Stages by the option that holds them.
+
+    Raises:
+        ValueError: If torch refuses their settings.
+    """
+    for option, stage in stages.items():
+        if stage is None:
+            continue
+        part = "optimizer"
+        try:
+            optimizer = stage.optimizer([Parameter(zeros(1))])
+            part = "lr_scheduler"
+            if stage.lr_scheduler is not None:
+                stage.lr_scheduler(optimizer, max(1, stage.steps))
+        except (TypeError, ValueError) as error:
+            raise ValueError(f"`{option}.{part}` cannot be built: {error}") from error

@@ -35,6 +35,7 @@ from fedsp.run_folder import RunFolder
 from fedsp.sampling import ClientSampler, UniformSampler
 from fedsp.scoring import Scores, score
 from fedsp.server import ServerModule
+from fedsp.stages import try_out
 from fedsp.state_files import write_text_atomically
 from fedsp.tracking import LoggerFactory, Tracker, csv_logger
 
@@ -117,8 +118,12 @@ class FederatedTrainer:
                 f"`trainer.precision` must be one of {', '.join(PRECISIONS)}, got {precision!r}. "
                 "`model.backbone.dtype: bfloat16` gives bf16 weights beside a prompt in fp32."
             )
-        if num_rounds < 0:
-            raise ValueError(f"`trainer.num_rounds` must be at least 0, got {num_rounds}.")
+        for name, number in (
+            ("num_rounds", num_rounds),
+            ("client_memory_bytes", client_memory_bytes),
+        ):
+            if number < 0:
+                raise ValueError(f"`trainer.{name}` must be at least 0, got {number}.")
         self.callbacks = [*_as_list(callbacks), *([RichProgress()] if enable_progress_bar else [])]
         try:
             self.fabric = Fabric(
@@ -170,6 +175,14 @@ class FederatedTrainer:
         self.folder.check(resume=ckpt_path is not None)
         state = self._resume_state(ckpt_path)
         self._launch(model, datamodule, "fit")
+        spec = model.initial_distillation
+        try_out(
+            {
+                "model.training": model.training_stage,
+                "model.initial_distillation.stage": spec.stage if spec else None,
+                **{f"client.{name}": stage for name, stage in client.stages.items()},
+            }
+        )
         self._claim_folder()
         try:
             self._open(client, state)
