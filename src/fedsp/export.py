@@ -4,6 +4,7 @@ Axes: L layers, K key/value heads, P virtual tokens, D head size.
 """
 
 import json
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -91,7 +92,7 @@ def import_adapter(folder: Path) -> Tensor:
 def _card(base_model: str, num_tokens: int, results: dict[str, Any]) -> str:
     lines = [
         "---",
-        f"base_model: {base_model}",
+        f"base_model: {json.dumps(base_model)}",
         "library_name: peft",
         "tags: [fedsp, prefix-tuning, federated-learning]",
         "---",
@@ -110,9 +111,16 @@ def _card(base_model: str, num_tokens: int, results: dict[str, Any]) -> str:
         'model = PeftModel.from_pretrained(model, "this folder")',
         "```",
         "",
-        "| | |",
-        "|---|---|",
-        *(f"| {name} | {value} |" for name, value in results.items()),
-        "",
     ]
-    return "\n".join(lines)
+    figures = [f"| {name} | {value} |" for name, value in _leaves(results)]
+    return "\n".join([*lines, *(["| | |", "|---|---|", *figures, ""] if figures else [])])
+
+
+def _leaves(results: dict[str, Any], *above: str) -> Iterator[tuple[str, str]]:
+    """Rows of a table from nested figures."""
+    for name, value in results.items():
+        if isinstance(value, dict):
+            yield from _leaves(value, *above, name)
+        else:
+            text = f"{value:.6g}" if isinstance(value, float) else str(value)
+            yield ", ".join([*above, name]), text

@@ -2,6 +2,7 @@
 
 import json
 import time
+import warnings
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -319,7 +320,9 @@ class FederatedTrainer:
         prefix = self._prefix_of(ckpt_path)
         self._load_model(model)
         self._load(prefix)
-        folder = self._export({}, Path(output_dir) if output_dir else self.folder.adapter)
+        measured = self.folder.results if ckpt_path == "best" else None
+        results = json.loads(measured.read_text()) if measured and measured.exists() else {}
+        folder = self._export(results, Path(output_dir) if output_dir else self.folder.adapter)
         self.fabric.print(f"adapter: {folder}")
 
     # --- what callbacks may use -------------------------------------------------------------------
@@ -449,7 +452,10 @@ class FederatedTrainer:
         results["rounds"] = self.history.rounds
         write_text_atomically(self.folder.results, json.dumps(results, indent=2) + "\n")
         if self.federation.contract.shape[3]:
-            self._export(results, self.folder.adapter)
+            try:
+                self._export(results, self.folder.adapter)
+            except ValueError as error:  # a long training must not fail for the adapter's sake
+                warnings.warn(f"no adapter is written: {error}", stacklevel=2)
         self.call("on_fit_end", results)
 
     def _export(self, results: dict[str, Any], folder: Path) -> Path:
