@@ -36,7 +36,7 @@ PRELOADED = [
 
 
 def federation(folder: Path, run_dir: Path) -> None:
-    """Run or go on: two of three clients a round, a server optimizer, a private reparameterisation."""
+    """Run or go on: two of three clients a round, FedAdam, reparameterised prompts."""
     fit(
         folder,
         run_dir,
@@ -118,9 +118,7 @@ def differences(one: Any, other: Any, path: str = "") -> list[str]:
         return [
             place
             for key in keys
-            for place in differences(
-                one.get(key, "absent"), other.get(key, "absent"), f"{path}/{key}"
-            )
+            for place in differences(one.get(key, ...), other.get(key, ...), f"{path}/{key}")
         ]
     if isinstance(one, list | tuple) and isinstance(other, list | tuple):
         if len(one) != len(other):
@@ -193,6 +191,21 @@ def kill_often(runs: Runs, name: str, kills: int, seed: int) -> None:
             killed += 1
     assert runs.go(name) == 0
     assert_same_as_undisturbed(runs, name)
+
+
+def test_the_comparison_sees_a_single_bit() -> None:
+    """The last bit of one number, a dtype, a type, a length, an absent key."""
+    tree = {"a": [torch.ones(3), {"n": 1, "seconds": 2.0}]}
+    assert differences(tree, {"a": [torch.ones(3), {"n": 1, "seconds": 9.0}]}) == []
+    nudged = torch.nextafter(torch.ones(3), torch.tensor([2.0, 1.0, 1.0]))
+    for other in (
+        {"a": [nudged, {"n": 1}]},
+        {"a": [torch.ones(3).double(), {"n": 1}]},
+        {"a": [torch.ones(3), {"n": 1.0}]},
+        {"a": [torch.ones(3)]},
+        {"a": [torch.ones(3), {}]},
+    ):
+        assert len(differences(tree, other)) == 1
 
 
 def test_two_undisturbed_runs_are_equal(runs: Runs) -> None:
