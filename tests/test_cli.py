@@ -391,6 +391,14 @@ def test_a_value_of_another_kind_is_refused(
     _assert_is_no_option(command("fit", "--config", wrong), *parts)
 
 
+def test_where_an_error_came_from_is_shown_on_request(
+    file: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("FEDSP_TRACEBACK", "1")
+    with pytest.raises(ValueError, match=r"`trainer\.num_rounds`"):
+        command("fit", "--config", file, "--trainer.num_rounds", -1)
+
+
 def test_an_unknown_command_and_a_missing_file_are_refused(file: Path) -> None:
     _assert_is_no_option(command("fitt", "--config", file), "fitt", "export")
     _assert_is_no_option(command("fit", "--config", "no.yaml"), "no.yaml")

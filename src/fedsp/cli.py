@@ -11,7 +11,7 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from types import FrameType
-from typing import Any, NoReturn
+from typing import Any, NoReturn, cast
 
 import yaml
 from jsonargparse import Namespace, set_parsing_settings
@@ -27,6 +27,15 @@ SUBCOMMANDS = ("fit", "validate", "test", "predict", "export")
 INTERRUPTED = 130
 TERMINATED = 143
 SEEDS = ("trainer.seed", "model.init_args.seed", "data.init_args.seed")
+
+
+# what jsonargparse says of the null that stands beside every class in its schema
+_NOISE = (
+    "Does not validate against any of",
+    "Subtypes:",
+    "Errors:",
+    "- Expected a <class 'NoneType'>",
+)
 
 
 class StrictParser(LightningArgumentParser):
@@ -50,15 +59,6 @@ class StrictParser(LightningArgumentParser):
         self.exit(2, f"fedsp: error: {reason}\nAll options: {program} --help\n")
 
 
-# what jsonargparse says of the null that stands beside every class in its schema
-_NOISE = (
-    "Does not validate against any of",
-    "Subtypes:",
-    "Errors:",
-    "- Expected a <class 'NoneType'>",
-)
-
-
 class Terminated(KeyboardInterrupt):
     """SIGTERM, treated as Ctrl-C."""
 
@@ -78,7 +78,7 @@ class FederatedCLI(LightningCLI):
             ServerModule,
             FederatedDataModule,
             save_config_callback=None,
-            trainer_class=FederatedTrainer,
+            trainer_class=cast(Any, FederatedTrainer),
             parser_class=StrictParser,
             seed_everything_default=0,
             subclass_mode_model=True,
@@ -131,8 +131,8 @@ class FederatedCLI(LightningCLI):
             self.trainer = self.instantiate_trainer()
         self.config = given
         text = self._config_text(given[self.subcommand] if self.subcommand else given)
-        self.trainer.config_text = text
-        self.trainer.config = yaml.safe_load(text)
+        trainer = cast(FederatedTrainer, self.trainer)
+        trainer.config_text, trainer.config = text, yaml.safe_load(text)
 
     def _config_text(self, config: Namespace) -> str:
         """Return what defines the run: everything but the file that a command starts from."""
