@@ -163,9 +163,10 @@ def test_without_distillation_the_auxiliary_is_the_cut_model(
 
 
 def test_without_any_data_of_the_servers_there_is_no_quality(tmp_path: Path) -> None:
-    prepared = prepare(tmp_path, "run", None, data=ready_data(tmp_path, server=None, public=None))
+    data = ready_data(tmp_path, server=None, public=None)
+    prepared = prepare(tmp_path, "run", None, data=data)
     assert prepared.before is prepared.after is None
-    again = prepare(tmp_path, "run", None)
+    again = prepare(tmp_path, "run", None, data=data)
     assert again.before is again.after is None
 
 
@@ -302,6 +303,20 @@ def test_what_has_no_part_in_the_model_leaves_it_found(
             **parts.get("server", {}),
         )
     assert prepared.cached
+
+
+@pytest.mark.parametrize("distillation", [Distillation(Stage(steps=2), cache_dir=""), None])
+def test_a_model_that_a_start_with_other_settings_left_is_not_taken(
+    tmp_path: Path, distillation: Distillation | None
+) -> None:
+    """A run killed before its first checkpoint may be begun anew with another configuration."""
+    prepare(tmp_path, "run", distillation)
+    recipe = KeptLayers(layers=[0, 3])
+    again = prepare(tmp_path, "run", distillation, auxiliary=recipe)
+    fresh = prepare(tmp_path, "fresh", distillation, auxiliary=recipe)
+    assert not again.cached
+    assert same(again, fresh)
+    assert prepare(tmp_path, "run", distillation, auxiliary=recipe).cached
 
 
 @pytest.mark.parametrize("damage", ["cut", "emptied", "foreign", "other shapes", "a folder"])
@@ -464,3 +479,23 @@ def test_a_distillation_cut_short_goes_on_where_it_was_saved(
     assert rest.steps == 2  # 8 of 10 were safe
     assert all(torch.equal(resumed[name], tensor) for name, tensor in whole.items())
     assert not list((tmp_path / "cut").glob("*.unfinished"))
+
+
+def test_half_a_distillation_of_other_settings_is_not_gone_on_with(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("fedsp.preparation.SAVE_EVERY_N_STEPS", 2)
+
+    class Dying(Owner):
+        def call(self, hook: str, *args: Any) -> None:
+            if hook == "on_distillation_step" and args[0] == 3:
+                raise KeyboardInterrupt
+
+    distillation = Distillation(Stage(steps=4), cache_dir="")
+    with pytest.raises(KeyboardInterrupt):
+        prepare(tmp_path, "cut", distillation, Dying())
+    assert list((tmp_path / "cut").glob("*.unfinished"))
+    other, owner = replace(distillation, lm_weight=1.0), Owner()
+    again = prepare(tmp_path, "cut", other, owner)
+    assert owner.steps == 4
+    assert same(again, prepare(tmp_path, "fresh", other))

@@ -15,6 +15,7 @@ from fedsp.data import FederatedDataModule
 from fedsp.distillation import QUALITY_BATCHES, Distillation, Quality, cache_key, measure_quality
 from fedsp.phases import Optimization, distill
 from fedsp.server import ServerModule
+from fedsp.stages import Stage
 from fedsp.state_files import load_state, save_state
 
 SAVE_EVERY_N_STEPS = 250
@@ -80,58 +81,55 @@ def prepare_auxiliary(
     """
     auxiliary = server.auxiliary_recipe.build(server.require_model()[0])
     fabric.to_device(auxiliary)
-    if kept.exists():
-        state = load_state(kept)
+    key = _key(server, data, trainer)
+    state = _read(kept, key)
+    if state is not None:
         auxiliary.load(state["weights"])
-        prepared = Preparation(auxiliary, *_qualities(state), cached=True)
-    else:
-        unfinished = kept.with_suffix(".unfinished")
-        prepared = _make(fabric, server, auxiliary, data, trainer, unfinished)
-        qualities = [q and asdict(q) for q in (prepared.before, prepared.after)]
-        save_state(kept, {"weights": auxiliary.state(), "quality": qualities})
-        unfinished.unlink(missing_ok=True)
-    return prepared
-
-
-def _make(
-    fabric: Fabric,
-    server: ServerModule,
-    auxiliary: Auxiliary,
-    data: FederatedDataModule,
-    trainer: Any,
-    unfinished: Path,
-) -> Preparation:
+        return Preparation(auxiliary, *_qualities(state), cached=True)
+    before = after = _measure(fabric, server, auxiliary, data)
+    cached = False
+    unfinished = kept.with_suffix(".unfinished")
     spec = server.initial_distillation
-    before = _measure(fabric, server, auxiliary, data)
-    if spec is None or spec.stage.steps == 0:
-        return Preparation(auxiliary, before, before, cached=False)
-    artefact = _artefact(server, spec, data, trainer)
-    cached = artefact is not None and _load(artefact, auxiliary)
-    if not cached:
-        _teach(fabric, server, auxiliary, spec, data, trainer, unfinished)
-        if artefact is not None:
-            _store(artefact, auxiliary)
-    # measured, not cached with the weights: the server's data may be another run's
-    after = _measure(fabric, server, auxiliary, data)
+    if spec is not None and spec.stage.steps:
+        artefact = _artefact(spec, key)
+        cached = artefact is not None and _load(artefact, auxiliary)
+        if not cached:
+            _teach(fabric, server, auxiliary, data, trainer, unfinished=unfinished, key=key)
+            if artefact is not None:
+                _store(artefact, auxiliary)
+        # measured, not cached with the weights: the server's data may be another run's
+        after = _measure(fabric, server, auxiliary, data)
+    qualities = [q and asdict(q) for q in (before, after)]
+    save_state(kept, {"key": key, "weights": auxiliary.state(), "quality": qualities})
+    unfinished.unlink(missing_ok=True)
     return Preparation(auxiliary, before, after, cached)
 
 
-def _artefact(
-    server: ServerModule, spec: Distillation, data: FederatedDataModule, trainer: Any
-) -> Path | None:
-    """File of the distilled weights in the cache, named by all that makes them; None keeps none."""
-    if spec.cache_dir == "":
-        return None
+def _key(server: ServerModule, data: FederatedDataModule, trainer: Any) -> str:
+    """Hash all that makes the auxiliary model, so that none of another making is taken for it."""
     recipe, batching = server.auxiliary_recipe, data.batching
     facts = {
         "recipe": [type(recipe).__qualname__, vars(recipe)],
-        "public": data.fingerprint("public"),
+        "public": data.fingerprint("public") if data.num_examples("public") else None,
         "batches": [data.seed, batching.batch_size, batching.length_grouping],
         "seed": trainer.seed,
         "precision": trainer.precision,
     }
+    spec = server.initial_distillation or Distillation(Stage(steps=0))
+    return cache_key(server.require_model()[0], spec, facts)
+
+
+def _read(path: Path, key: str) -> Any:
+    """Read what an earlier start of the run left; None if it left nothing or had other settings."""
+    state: Any = load_state(path) if path.exists() else None
+    return state if state is not None and state["key"] == key else None
+
+
+def _artefact(spec: Distillation, key: str) -> Path | None:
+    """File of the distilled weights in the cache; None keeps none."""
+    if spec.cache_dir == "":
+        return None
     root = Path(spec.cache_dir or os.environ.get("FEDSP_CACHE") or "~/.cache/fedsp").expanduser()
-    key = cache_key(server.require_model()[0], spec, facts)
     return root / "auxiliary" / f"{key}.safetensors"
 
 
@@ -167,22 +165,24 @@ def _teach(
     fabric: Fabric,
     server: ServerModule,
     auxiliary: Auxiliary,
-    spec: Distillation,
     data: FederatedDataModule,
     trainer: Any,
+    *,
     unfinished: Path,
+    key: str,
 ) -> None:
     """Distil in parts, each safe on disk before the next, so that a killed run goes on there."""
-    trainer.call("on_distillation_start", spec.stage.steps)
-    accumulate = spec.stage.accumulate_grad_batches
-    parameters = auxiliary.trainable().values()
-    optimization = Optimization(*spec.stage.build(parameters, spec.stage.steps))
-    if unfinished.exists():
-        state = load_state(unfinished)
+    assert server.initial_distillation is not None
+    stage = server.initial_distillation.stage
+    trainer.call("on_distillation_start", stage.steps)
+    accumulate = stage.accumulate_grad_batches
+    optimization = Optimization(*stage.build(auxiliary.trainable().values(), stage.steps))
+    state = _read(unfinished, key)
+    if state is not None:
         auxiliary.load(state["weights"])
         optimization.load_state_dict(state["optimization"])
-    while (done := optimization.batches // accumulate) < spec.stage.steps:
-        steps = min(SAVE_EVERY_N_STEPS, spec.stage.steps - done)
+    while (done := optimization.batches // accumulate) < stage.steps:
+        steps = min(SAVE_EVERY_N_STEPS, stage.steps - done)
         batches = data.public_dataloader(
             start_step=optimization.batches, num_steps=steps * accumulate
         )
@@ -199,9 +199,9 @@ def _teach(
             seed=trainer.seed,
             on_step=on_step,
         )
-        if done + steps < spec.stage.steps:
-            tree = {"weights": auxiliary.state(), "optimization": optimization.state_dict()}
-            save_state(unfinished, tree)
+        if done + steps < stage.steps:
+            state = {"weights": auxiliary.state(), "optimization": optimization.state_dict()}
+            save_state(unfinished, {"key": key, **state})
 
 
 def _measure(

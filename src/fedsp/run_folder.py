@@ -70,15 +70,11 @@ class RunFolder:
     def create(self, config: str) -> None:
         """Create the folder and keep the configuration of the first start that got anywhere.
 
-        What a start without any checkpoint left may come from another configuration: it is made
-        anew.
-
         Args:
             config: Text of the configuration; empty keeps none.
         """
         if self.is_before_first_checkpoint():
-            for path in (self.config, self.auxiliary):
-                path.unlink(missing_ok=True)
+            self.config.unlink(missing_ok=True)
         self.path.mkdir(parents=True, exist_ok=True)
         remove_temporary_files(self.path)
         if config and not self.config.exists():
