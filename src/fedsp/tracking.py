@@ -24,13 +24,16 @@ LoggerFactory = Callable[[str], Logger]
 
 def csv_logger(save_dir: str) -> Logger:
     """Return a logger that keeps `csv/metrics.csv`, one row a round, in the run's folder."""
-    # Lightning deletes the file of an earlier start with a warning; `Tracker.replay` writes its rounds again
+    # Lightning deletes an earlier start's file with a warning; `Tracker.replay` writes it anew
     Path(save_dir, "csv", "metrics.csv").unlink(missing_ok=True)
     return CSVLogger(save_dir, name="csv", version="", flush_logs_every_n_steps=1)
 
 
 def tensorboard_logger(save_dir: str) -> Logger:
     """Return a TensorBoard logger with its files in `tensorboard` in the run's folder."""
+    # the rounds of an earlier start are written anew, and would be shown twice
+    for path in Path(save_dir, "tensorboard").glob("events.out.tfevents.*"):
+        path.unlink()
     return TensorBoardLogger(save_dir, name="tensorboard", version="")
 
 
@@ -50,8 +53,8 @@ class OfflineWandb(WandbLogger):
             save_dir: The run's folder; the trainer gives it.
             project: W&B project.
             name: Name of the run; null takes the run folder's.
-            offline: True keeps everything in the run folder for `wandb sync`; null does so unless `WANDB_MODE` or
-                `WANDB_API_KEY` is set.
+            offline: True keeps everything in the run folder for `wandb sync`; null does so unless
+                `WANDB_MODE` or `WANDB_API_KEY` is set.
         """
         if offline is None:
             offline = "WANDB_MODE" not in os.environ and "WANDB_API_KEY" not in os.environ
@@ -60,7 +63,7 @@ class OfflineWandb(WandbLogger):
         )
 
     def finalize(self, status: str) -> None:
-        """End the W&B run: Lightning leaves it open, and the next run of the process would go on in it."""
+        """End the W&B run: Lightning leaves it open, and the process's next run would go on in it."""
         super().finalize(status)
         if self._experiment is not None:
             self._experiment.finish()
@@ -88,7 +91,7 @@ class Tracker:
         self.loggers = [factory(str(save_dir)) for factory in factories] if enabled else []
 
     def log_config(self, config: dict[str, Any]) -> None:
-        """Log the run's configuration as hyperparameters; beside the CSV file lies `config.yaml` already."""
+        """Log the configuration as hyperparameters; beside the CSV file lies `config.yaml`."""
         for logger in self.loggers:
             if not isinstance(logger, CSVLogger):
                 logger.log_hyperparams(config)
