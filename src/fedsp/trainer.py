@@ -344,13 +344,13 @@ class FederatedTrainer:
     # --- opening and closing ----------------------------------------------------------------------
 
     def _load_model(self, server: ServerModule) -> None:
-        if not self.fabric._launched:
-            self.fabric.launch()
         if self.fabric.world_size > 1:
             raise ValueError(
                 "`trainer.devices` times `trainer.num_nodes` must be 1 process in this version, "
                 f"got {self.fabric.world_size}."
             )
+        if not self.fabric._launched:
+            self.fabric.launch()
         self.server = server
         server.configure_model()
         self.fabric.to_device(server)
