@@ -242,6 +242,19 @@ def test_an_optimization_goes_on_after_a_save_as_if_nothing_had_been(
     assert torch.equal(prompt.prefix(), whole.require_model()[1].prefix())
 
 
+def test_a_run_that_is_given_more_rounds_goes_on_learning(tmp_path: Path, fabric: Fabric) -> None:
+    """Four steps planned and done, the rate at zero; then eight are planned."""
+    stage = Stage(4, adamw(0.05), LinearWarmup)
+    server = loaded_server(tmp_path, training=stage)
+    batches = [text(seed=seed) for seed in range(4)]
+    _, first = run_server(fabric, server, batches, total_steps=4)
+    assert first.optimizer.param_groups[0]["lr"] == 0.0
+    second = Optimization(*stage.build(server.require_model()[1].parameters(), 8))
+    second.load_state_dict(first.state_dict())
+    train_server(fabric, server, second, batches[:1], seed=0, round_idx=1)
+    assert second.optimizer.param_groups[0]["lr"] == pytest.approx(0.05 * (1 - 5 / 8))
+
+
 # --- the client ---------------------------------------------------------------------------------
 
 
