@@ -63,7 +63,7 @@ class OfflineWandb(WandbLogger):
         )
 
     def finalize(self, status: str) -> None:
-        """End the W&B run: Lightning leaves it open, and the process's next run would go on in it."""
+        """End the W&B run: Lightning leaves it open for the process's next run to go on in."""
         super().finalize(status)
         if self._experiment is not None:
             self._experiment.finish()
