@@ -14,6 +14,7 @@ import yaml
 
 import fedsp.cli
 from commands import Outcome, changed, command, make_config, of_class, write_config
+from fedsp.pretrained import BackboneSpec, check_vocabulary, load_tokenizer
 from fedsp.state_files import load_state, save_state
 from tiny import write_rows
 
@@ -279,6 +280,26 @@ def test_a_tokenizer_without_a_pad_token_is_no_error(config: dict[str, Any], fol
     settings = json.loads((folder / "tokenizer" / "tokenizer_config.json").read_text())
     assert settings.get("pad_token") is None
     assert settings["eos_token"]
+
+
+def test_a_vocabulary_padded_above_the_tokenizer_is_no_error(
+    fit: Callable[..., Outcome], tmp_path: Path
+) -> None:
+    outcome = fit({f"{MODEL}.backbone.config.vocab_size": 320, "trainer.num_rounds": 0})
+    assert outcome.status == 0, outcome
+
+
+def test_an_added_token_beyond_the_vocabulary_must_not_pad_texts(
+    config: dict[str, Any], folder: Path
+) -> None:
+    """Gemma 3 1B has an image token in its tokenizer and no embedding for it."""
+    tokenizer = load_tokenizer(BackboneSpec(tokenizer=str(folder / "tokenizer")))
+    tokenizer.add_special_tokens({"additional_special_tokens": ["<image>"]})
+    assert len(tokenizer) == 258
+    check_vocabulary(tokenizer, 257, "data.tokenizer")
+    tokenizer.pad_token = "<image>"
+    with pytest.raises(ValueError, match=r"`data\.tokenizer` must be .* at most 257"):
+        check_vocabulary(tokenizer, 257, "data.tokenizer")
 
 
 def test_more_processes_than_one_are_refused_before_they_start(
