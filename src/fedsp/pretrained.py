@@ -131,7 +131,7 @@ def check_vocabulary(tokenizer: PreTrainedTokenizerBase, vocab_size: int, option
     if needed > vocab_size:
         raise ValueError(
             f"`{option}` must be a tokenizer of at most {vocab_size} tokens, the vocabulary of the "
-            f"global model, got {needed} tokens. Name the tokenizer that the model was trained with."
+            f"global model, got {needed} tokens. Name the one that the model was trained with."
         )
 
 

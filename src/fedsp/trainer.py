@@ -8,11 +8,9 @@ from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
-from lightning.fabric import Fabric
 from lightning.fabric.accelerators import Accelerator
 from lightning.fabric.plugins import CheckpointIO, ClusterEnvironment, Precision
 from lightning.fabric.strategies import Strategy
-from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.cli import OptimizerCallable
 from torch import Tensor
 
@@ -20,23 +18,19 @@ from fedsp.aggregation import Aggregator, ServerOptimizer, StreamingMean
 from fedsp.callbacks import FederatedCallback
 from fedsp.checkpoint import Checkpoints, RunState
 from fedsp.client import ClientModule
-from fedsp.client_state import ClientStateStore
 from fedsp.data import FederatedDataModule
-from fedsp.executors import InProcessExecutor, Simulation
 from fedsp.export import export_adapter
-from fedsp.federation import Communication, Federation, Rules
+from fedsp.federation import Communication, Rules
 from fedsp.history import Evaluation, History
 from fedsp.ledger import Ledger, next_attempt
-from fedsp.messages import PromptContract
+from fedsp.opening import check_run, launch, make_fabric, open_federation, set_up_data
 from fedsp.phases import evaluate
 from fedsp.predictions import write_predictions
-from fedsp.preparation import check_public_data, prepare_auxiliary
 from fedsp.progress import RichProgress
 from fedsp.run_folder import RunFolder
 from fedsp.sampling import ClientSampler, UniformSampler
 from fedsp.scoring import Scores, score
 from fedsp.server import ServerModule
-from fedsp.stages import try_out
 from fedsp.state_files import write_text_atomically
 from fedsp.tracking import LoggerFactory, Tracker, csv_logger
 
@@ -126,21 +120,17 @@ class FederatedTrainer:
             if number < 0:
                 raise ValueError(f"`trainer.{name}` must be at least 0, got {number}.")
         self.callbacks = [*_as_list(callbacks), *([RichProgress()] if enable_progress_bar else [])]
-        try:
-            self.fabric = Fabric(
-                accelerator=accelerator,
-                strategy=strategy,
-                devices=devices,
-                num_nodes=num_nodes,
-                precision=precision,
-                plugins=plugins,
-                callbacks=self.callbacks,
-            )
-        except (MisconfigurationException, RuntimeError) as error:
-            raise ValueError(
-                f"`trainer.accelerator` {accelerator!r} with `trainer.devices` {devices!r} cannot "
-                f"run here: {error} Use `--trainer.accelerator cpu` where there is no accelerator."
-            ) from error
+        self.fabric = make_fabric(
+            {
+                "accelerator": accelerator,
+                "strategy": strategy,
+                "devices": devices,
+                "num_nodes": num_nodes,
+                "precision": precision,
+                "plugins": plugins,
+                "callbacks": self.callbacks,
+            }
+        )
         self.precision = precision
         self.loggers = _as_list(logger) or [csv_logger]
         self.num_rounds = num_rounds
@@ -176,15 +166,7 @@ class FederatedTrainer:
         self.folder.check(resume=ckpt_path is not None)
         state = self._resume_state(ckpt_path)
         self._launch(model, datamodule, "fit")
-        spec = model.initial_distillation
-        try_out(
-            {
-                "model.training": model.training_stage,
-                "model.initial_distillation.stage": spec.stage if spec else None,
-                **{f"client.{name}": stage for name, stage in client.stages.items()},
-            }
-        )
-        self._claim_folder()
+        self._claim_folder(client)
         try:
             self._open(client, state)
             while self.history.rounds_done < self.num_rounds and not self.history.should_stop:
@@ -318,7 +300,8 @@ class FederatedTrainer:
             output_dir: Folder of the adapter; null writes `adapter` in the run folder.
         """
         prefix = self._prefix_of(ckpt_path)
-        self._load_model(model)
+        self.server = model
+        launch(self.fabric, model)
         self._load(prefix)
         measured = self.folder.results if ckpt_path == "best" else None
         results = json.loads(measured.read_text()) if measured and measured.exists() else {}
@@ -343,39 +326,15 @@ class FederatedTrainer:
 
     # --- opening and closing ----------------------------------------------------------------------
 
-    def _load_model(self, server: ServerModule) -> None:
-        if self.fabric.world_size > 1:
-            raise ValueError(
-                "`trainer.devices` times `trainer.num_nodes` must be 1 process in this version, "
-                f"got {self.fabric.world_size}."
-            )
-        if not self.fabric._launched:
-            self.fabric.launch()
-        self.server = server
-        server.configure_model()
-        self.fabric.to_device(server)
-
     def _launch(self, server: ServerModule, data: FederatedDataModule, stage: str) -> None:
-        """Read the data and load the model; all that can be wrong with them shows here."""
-        self.data = data
-        self._load_model(server)
-        backbone, prompt = server.require_model()
-        if backbone.max_positions is not None:
-            offset = backbone.spec.position_offset
-            start = prompt.num_virtual_tokens if offset is None else offset
-            data.limit_tokens(backbone.max_positions - start)
-        name = backbone.spec.tokenizer or backbone.spec.name_or_path
-        data.default_tokenizer(name, backbone.vocab_size)
-        data.prepare_data()
-        data.setup(stage)
+        self.server, self.data = server, data
+        launch(self.fabric, server)
+        set_up_data(server, data, stage)
 
-    def _claim_folder(self) -> None:
+    def _claim_folder(self, client: ClientModule) -> None:
         """Make the last checks, then create the run's files: from here on a run can be resumed."""
         self.sampler.cohort(self.data.num_clients, seed=self.seed, round_idx=0)
-        check_public_data(self.data, self.server.initial_distillation)
-        backbone, prompt = self.server.require_model()
-        self.server.auxiliary_recipe.check(backbone.kv_shape.num_layers)
-        self.server.initialize_prompt(self.data.sample_ids(prompt.num_virtual_tokens))
+        check_run(self.server, client, self.data)
         # a logger that is not installed must leave no folder behind that looks like a run
         self.tracker = Tracker(self.loggers, self.folder.path)
         self.folder.create(self.config_text)
@@ -383,41 +342,9 @@ class FederatedTrainer:
         self.tracker.log_config(self.config)
 
     def _open(self, client: ClientModule, state: RunState | None) -> None:
-        """Prepare everything between loading and the first round, or put it back as it was."""
-        server, data = self.server, self.data
-        cohort = self.sampler.cohort(data.num_clients, seed=self.seed, round_idx=0)
-        prompt = server.require_model()[1]
-        self.preparation = prepare_auxiliary(
-            self.fabric, server, data, kept=self.folder.auxiliary, trainer=self
-        )
-        made = self.preparation
-        self.call("on_distillation_end", made.before, made.after, made.cached)
-        client.install(self.preparation.auxiliary, prompt.num_virtual_tokens, self.seed)
-        self.client = self.fabric.to_device(client)
-        communication = self.rules.communication
-        simulation = Simulation(
-            fabric=self.fabric,
-            client=client,
-            data=data,
-            store=ClientStateStore(
-                self.folder.clients, self.client_memory_bytes, self.checkpoints.keep
-            ),
-            ledger=self.ledger,
-            contract=PromptContract(
-                prompt.shape, communication.wire_dtype, communication.max_update_norm
-            ),
-            seed=self.seed,
-            participations=-(-self.num_rounds * len(cohort) // data.num_clients),
-        )
-        self.federation = Federation(
-            self.fabric,
-            server,
-            data,
-            InProcessExecutor(simulation),
-            self.rules,
-            num_rounds=self.num_rounds,
-            seed=self.seed,
-        )
+        """Bring everything up to the first round, or back to where the run was."""
+        self.client = client
+        self.federation = open_federation(self, client)
         self.call("on_fit_start")
         if state is None:
             self._measure_start()

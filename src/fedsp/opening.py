@@ -1,0 +1,152 @@
+"""Before a run's first round: Fabric, data and model are brought up, server and clients joined.
+
+Whatever can be wrong with the settings is found here, before the run's folder exists.
+"""
+
+from typing import Any
+
+from lightning.fabric import Fabric
+from lightning.fabric.utilities.exceptions import MisconfigurationException
+
+from fedsp.client import ClientModule
+from fedsp.client_state import ClientStateStore
+from fedsp.data import FederatedDataModule
+from fedsp.executors import InProcessExecutor, Simulation
+from fedsp.federation import Federation
+from fedsp.messages import PromptContract
+from fedsp.preparation import check_public_data, prepare_auxiliary
+from fedsp.server import ServerModule
+from fedsp.stages import try_out
+
+
+def make_fabric(options: dict[str, Any]) -> Fabric:
+    """Create Fabric; no process is started.
+
+    Args:
+        options: What Fabric takes, as the user gave it to the trainer.
+
+    Raises:
+        ValueError: If the accelerator is not there or the devices do not fit it.
+    """
+    try:
+        return Fabric(**options)
+    except (MisconfigurationException, RuntimeError) as error:
+        accelerator, devices = options["accelerator"], options["devices"]
+        raise ValueError(
+            f"`trainer.accelerator` {accelerator!r} with `trainer.devices` {devices!r} cannot "
+            f"run here: {error} Use `--trainer.accelerator cpu` where there is no accelerator."
+        ) from error
+
+
+def launch(fabric: Fabric, server: ServerModule) -> None:
+    """Start Fabric's processes and load the global model on the device.
+
+    Args:
+        fabric: Not launched yet, or launched by `fabric run`.
+        server: Its model is loaded.
+
+    Raises:
+        ValueError: If more than one process is wanted, or the model cannot be loaded.
+    """
+    if fabric.world_size > 1:
+        raise ValueError(
+            "`trainer.devices` times `trainer.num_nodes` must be 1 process in this version, "
+            f"got {fabric.world_size}."
+        )
+    if not fabric._launched:
+        fabric.launch()
+    server.configure_model()
+    fabric.to_device(server)
+
+
+def set_up_data(server: ServerModule, data: FederatedDataModule, stage: str) -> None:
+    """Read and tokenise the data for the loaded global model.
+
+    Args:
+        server: With its model loaded.
+        data: Takes over the model's tokenizer and what its positions leave for text.
+        stage: As `LightningDataModule.setup` takes it.
+
+    Raises:
+        ValueError: If data and model do not fit, or the data is not as it should be.
+    """
+    backbone, prompt = server.require_model()
+    if backbone.max_positions is not None:
+        offset = backbone.spec.position_offset
+        start = prompt.num_virtual_tokens if offset is None else offset
+        data.limit_tokens(backbone.max_positions - start)
+    name = backbone.spec.tokenizer or backbone.spec.name_or_path
+    data.default_tokenizer(name, backbone.vocab_size)
+    data.prepare_data()
+    data.setup(stage)
+
+
+def check_run(server: ServerModule, client: ClientModule, data: FederatedDataModule) -> None:
+    """Try out what a run would otherwise meet only after hours of work, and make the first prompt.
+
+    Args:
+        server: With its model loaded.
+        client: Its stages are tried out.
+        data: Set up.
+
+    Raises:
+        ValueError: If a stage, the auxiliary recipe, the first prompt or the public data is wrong.
+    """
+    distillation = server.initial_distillation
+    try_out(
+        {
+            "model.training": server.training_stage,
+            "model.initial_distillation.stage": distillation.stage if distillation else None,
+            **{f"client.{name}": stage for name, stage in client.stages.items()},
+        }
+    )
+    check_public_data(data, distillation)
+    backbone, prompt = server.require_model()
+    server.auxiliary_recipe.check(backbone.kv_shape.num_layers)
+    server.initialize_prompt(data.sample_ids(prompt.num_virtual_tokens))
+
+
+def open_federation(trainer: Any, client: ClientModule) -> Federation:
+    """Make the auxiliary model, install it with the client, and join server and clients.
+
+    Args:
+        trainer: Gives Fabric, server, data, folder, ledger, rules, rounds and seed; gets
+            `preparation`, and its callbacks are told.
+        client: Plays every client.
+
+    Returns:
+        The federation before its first round.
+    """
+    server, data = trainer.server, trainer.data
+    trainer.preparation = made = prepare_auxiliary(
+        trainer.fabric, server, data, kept=trainer.folder.auxiliary, trainer=trainer
+    )
+    trainer.call("on_distillation_end", made.before, made.after, made.cached)
+    prompt = server.require_model()[1]
+    client.install(made.auxiliary, prompt.num_virtual_tokens, trainer.seed)
+    trainer.fabric.to_device(client)
+    communication = trainer.rules.communication
+    cohort = trainer.sampler.cohort(data.num_clients, seed=trainer.seed, round_idx=0)
+    simulation = Simulation(
+        fabric=trainer.fabric,
+        client=client,
+        data=data,
+        store=ClientStateStore(
+            trainer.folder.clients, trainer.client_memory_bytes, trainer.checkpoints.keep
+        ),
+        ledger=trainer.ledger,
+        contract=PromptContract(
+            prompt.shape, communication.wire_dtype, communication.max_update_norm
+        ),
+        seed=trainer.seed,
+        participations=-(-trainer.num_rounds * len(cohort) // data.num_clients),
+    )
+    return Federation(
+        trainer.fabric,
+        server,
+        data,
+        InProcessExecutor(simulation),
+        trainer.rules,
+        num_rounds=trainer.num_rounds,
+        seed=trainer.seed,
+    )
