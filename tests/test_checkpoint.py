@@ -125,7 +125,7 @@ def test_more_than_a_million_rounds_sort_by_number(tmp_path):
 
 
 def test_keeping_no_round_is_refused(tmp_path):
-    with pytest.raises(ValueError, match="`trainer.keep_checkpoints` must be at least 1, got 0"):
+    with pytest.raises(ValueError, match=r"`trainer\.keep_checkpoints` must be at least 1, got 0"):
         Checkpoints(tmp_path, keep=0)
 
 

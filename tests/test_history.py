@@ -57,7 +57,9 @@ def test_an_unknown_metric_to_monitor_names_the_known_ones() -> None:
 
 def test_an_accuracy_without_choices_names_what_was_measured() -> None:
     history = History(Evaluation(monitor="server/val_accuracy", mode="max"))
-    with pytest.raises(ValueError, match=r"must be one of \['server/val_loss'\], got 'server/val_acc"):
+    with pytest.raises(
+        ValueError, match=r"must be one of \['server/val_loss'\], got 'server/val_acc"
+    ):
         history.offer(0, {"server/val_loss": 1.0}, PREFIX)
 
 

@@ -73,13 +73,15 @@ def child(folder: Path, run_dir: Path, kill_at: int | None, counts: Any) -> None
 
 
 class Runs:
-    """Starts runs in one folder."""
+    """Starts runs in one folder; an undisturbed one is there under the name `whole`."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
         self.context = multiprocessing.get_context("forkserver")
         self.context.set_forkserver_preload(PRELOADED)
         self.operations = self.context.Value("i", 0)
+        assert self.go("whole") == 0
+        self.of_a_whole_run = self.operations.value
 
     def go(self, name: str, kill_at: int | None = None, after: float | None = None) -> int:
         """Return the exit code: -9 for a run that was killed, 0 for one that came to its end."""
@@ -102,10 +104,7 @@ class Runs:
 
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory: pytest.TempPathFactory) -> Runs:
-    """Besides the starter of runs, an undisturbed run under the name `whole`."""
-    starter = Runs(tmp_path_factory.mktemp("kill"))
-    assert starter.go("whole") == 0
-    return starter
+    return Runs(tmp_path_factory.mktemp("kill"))
 
 
 def differences(one: Any, other: Any, path: str = "") -> list[str]:
@@ -173,8 +172,8 @@ def assert_ledger_balances(runs: Runs, name: str) -> None:
 def kill_often(runs: Runs, name: str, kills: int, seed: int) -> None:
     """Half of the kills come after a random time, half between two file operations."""
     draw = random.Random(seed)
-    operations = runs.operations.value
-    assert operations > 20
+    operations = runs.of_a_whole_run
+    assert operations > 50
     started = time.perf_counter()
     assert runs.go(f"{name}-timed") == 0
     seconds = time.perf_counter() - started
@@ -226,8 +225,7 @@ def test_a_run_killed_ten_times_ends_as_the_undisturbed_one(runs: Runs, seed: in
 @pytest.mark.slow
 def test_a_kill_before_any_file_operation_can_be_resumed(runs: Runs) -> None:
     """Each in a run of its own; the last operations only write what a finished run leaves."""
-    assert runs.go("counted") == 0
-    for kill_at in range(runs.operations.value):
+    for kill_at in range(runs.of_a_whole_run):
         name = f"operation-{kill_at}"
         assert runs.go(name, kill_at=kill_at) == -signal.SIGKILL
         assert runs.go(name) == 0

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from fedsp.backbone import Backbone
 from fedsp.pretrained import resolve
-from fedsp.state_files import write_bytes_atomically
+from fedsp.state_files import remove_temporary_files, write_bytes_atomically
 
 WEIGHTS = "adapter_model.safetensors"
 
@@ -52,6 +52,7 @@ def export_adapter(
     if offset is not None and offset != num_tokens:
         prefix = backbone.rotate_keys(prefix, num_tokens - offset)
     folder.mkdir(parents=True, exist_ok=True)
+    remove_temporary_files(folder)
     config = PrefixTuningConfig(
         task_type="CAUSAL_LM",
         base_model_name_or_path=base_model if backbone.spec.config else resolve(base_model),
