@@ -501,3 +501,26 @@ def test_a_full_disk_while_saving_leaves_the_last_checkpoint(
         _state(tmp_path / "whole")["tree"]["federation"],
         _state(tmp_path / "cut")["tree"]["federation"],
     )
+
+
+class Counter(FederatedCallback):
+    """Counts rounds over a run's attempts."""
+
+    def __init__(self, step: int) -> None:
+        self.step, self.count = step, 0
+
+    def on_round_start(self, trainer: Any, round_idx: int, cohort: Any) -> None:
+        self.count += self.step
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"count": self.count}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.count = state["count"]
+
+
+def test_callbacks_of_one_class_resume_each_with_its_own_state(tmp_path: Path) -> None:
+    fit(tmp_path, tmp_path / "run", num_rounds=1, callbacks=[Counter(1), Counter(10)])
+    counters = [Counter(1), Counter(10), Counter(100)]
+    fit(tmp_path, tmp_path / "run", num_rounds=3, callbacks=counters, ckpt_path="last")
+    assert [counter.count for counter in counters] == [3, 30, 200]

@@ -8,15 +8,17 @@ import os
 import re
 import signal
 import sys
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from types import FrameType
-from typing import Any, NoReturn, cast
+from typing import Any, NoReturn, TextIO, cast
 
 import yaml
 from jsonargparse import Namespace, set_parsing_settings
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
+from transformers.utils.logging import disable_progress_bar
 
 from fedsp.client import ClientModule
 from fedsp.data import FederatedDataModule
@@ -188,9 +190,13 @@ def main(args: list[str] | None = None) -> None:
         args: Command line; None reads `sys.argv`.
     """
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    if not sys.stderr.isatty():
+        disable_progress_bar()  # transformers redraws one line a thousand times over
     previous = signal.signal(signal.SIGTERM, _terminate)
     try:
-        FederatedCLI(args)
+        with warnings.catch_warnings():
+            warnings.showwarning = _show_warning
+            FederatedCLI(args)
     except KeyboardInterrupt as interrupt:
         sys.exit(TERMINATED if isinstance(interrupt, Terminated) else INTERRUPTED)
     except (ValueError, OSError, ModuleNotFoundError, MisconfigurationException) as error:
@@ -200,6 +206,18 @@ def main(args: list[str] | None = None) -> None:
         sys.exit(1)
     finally:
         signal.signal(signal.SIGTERM, previous)
+
+
+def _show_warning(
+    message: Warning | str,
+    category: type[Warning],
+    filename: str,
+    lineno: int,
+    file: TextIO | None = None,
+    line: str | None = None,
+) -> None:
+    """Print what is to be known; where in the code it was found helps only developers."""
+    print(f"fedsp: warning: {message}", file=sys.stderr)
 
 
 def _terminate(signum: int, frame: FrameType | None) -> NoReturn:

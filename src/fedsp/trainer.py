@@ -167,16 +167,18 @@ class FederatedTrainer:
         state = self._resume_state(ckpt_path)
         self._launch(model, datamodule, "fit")
         self._claim_folder(client)
+        status = "failed"
         try:
             self._open(client, state)
             while self.history.rounds_done < self.num_rounds and not self.history.should_stop:
                 self._run_round(self.history.rounds_done)
             self._conclude()
+            status = "success"
         except BaseException as exception:
             self.call("on_exception", exception)
             raise
         finally:
-            self.tracker.finalize()
+            self.tracker.finalize(status)
             self.ledger.close()
 
     def _run_round(self, round_idx: int) -> None:
@@ -417,6 +419,7 @@ class FederatedTrainer:
         tree = {
             "federation": self.federation.state_dict(),
             "history": self.history.state_dict(),
+            "precision": self.fabric.strategy.precision.state_dict(),
             "callbacks": {name: it.state_dict() for name, it in self._named_callbacks().items()},
         }
         path = self.checkpoints.save(RunState(self.history.rounds_done, tree, self.config))
@@ -426,13 +429,20 @@ class FederatedTrainer:
     def _restore(self, tree: dict[str, Any]) -> None:
         self.federation.load_state_dict(tree["federation"])
         self.history.load_state_dict(tree["history"])
+        self.fabric.strategy.precision.load_state_dict(tree["precision"])
         for name, callback in self._named_callbacks().items():
-            callback.load_state_dict(tree["callbacks"].get(name, {}))
+            if name in tree["callbacks"]:
+                callback.load_state_dict(tree["callbacks"][name])
         self.tracker.replay(self.history.rounds)
 
     def _named_callbacks(self) -> dict[str, FederatedCallback]:
-        """Callbacks by class: a resumed run may have more or fewer of them."""
-        return {type(callback).__qualname__: callback for callback in self.callbacks}
+        """Callbacks by class and place: a resumed run may have more or fewer of them."""
+        named: dict[str, FederatedCallback] = {}
+        for callback in self.callbacks:
+            name = type(callback).__qualname__
+            place = sum(other.split("#")[0] == name for other in named)
+            named[f"{name}#{place}"] = callback
+        return named
 
     def _resume_state(self, ckpt_path: str | None) -> RunState | None:
         if ckpt_path is None:
