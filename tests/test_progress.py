@@ -317,3 +317,11 @@ def test_a_client_without_an_auxiliary_stage_has_no_column_for_it(tmp_path: Path
     run(tmp_path, tmp_path / "run", console, client=make_client(auxiliary=Stage(steps=0)))
     assert " aux " not in output(console)
     assert "auxiliary: not trained (0 steps)" in output(console)
+
+
+def test_the_first_line_says_what_is_being_loaded() -> None:
+    console = Console(record=True, width=80, force_terminal=False)
+    server = SimpleNamespace(backbone_spec=SimpleNamespace(name_or_path="some/model"))
+    trainer = SimpleNamespace(fabric=SimpleNamespace(is_global_zero=True), server=server)
+    RichProgress(console).on_setup_start(trainer)
+    assert console.export_text() == "Loading some/model and reading the data\n"

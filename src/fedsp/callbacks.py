@@ -18,6 +18,9 @@ class FederatedCallback:
     tensors only.
     """
 
+    def on_setup_start(self, trainer: Any) -> None:
+        """Nothing is loaded; `server` and `data` have their settings only."""
+
     def on_fit_start(self, trainer: Any) -> None:
         """Models are loaded and the auxiliary model is ready; no round has run."""
 

@@ -147,6 +147,12 @@ class RichProgress(FederatedCallback):
 
     # --- before the first round -------------------------------------------------------------------
 
+    def on_setup_start(self, trainer: Any) -> None:
+        """Say what takes the first seconds, which have nothing else to show."""
+        if trainer.fabric.is_global_zero:
+            name = trainer.server.backbone_spec.name_or_path
+            self._print(f"Loading {name} and reading the data")
+
     def on_distillation_start(self, trainer: Any, total_steps: int) -> None:
         """Announce the distillation."""
         if not trainer.fabric.is_global_zero:

@@ -330,6 +330,7 @@ class FederatedTrainer:
 
     def _launch(self, server: ServerModule, data: FederatedDataModule, stage: str) -> None:
         self.server, self.data = server, data
+        self.call("on_setup_start")
         launch(self.fabric, server)
         set_up_data(server, data, stage)
 
