@@ -186,7 +186,7 @@ class AuxiliaryRecipe(ABC):
 class SharedCell(AuxiliaryRecipe):
     """Cross-layer sharing: a cell of contiguous layers repeated to the global model's depth.
 
-    Source: Dong et al. 2023, arXiv 2311.06805, section 3.2.
+    Source: Dong et al. 2023, arXiv 2311.06805, cross-layer sharing.
     """
 
     def __init__(self, start: int = 0, cell_size: int = 1, train_embeddings: bool = False) -> None:
@@ -233,7 +233,7 @@ class SharedCell(AuxiliaryRecipe):
 class KeptLayers(AuxiliaryRecipe):
     """Layer dropping: some layers of the global model, each kept once, as in offsite-tuning.
 
-    Source: Xiao et al. 2023, arXiv 2302.04870, section 3.3 (uniform layer dropping).
+    Source: Xiao et al. 2023, arXiv 2302.04870 (uniform layer dropping).
     """
 
     def __init__(
