@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any, Literal, get_args
 
 from fedsp.messages import describe
-from fedsp.state_files import Buffer
+from fedsp.tensor_files import Buffer
 
 Direction = Literal["up", "down"]
 

@@ -15,7 +15,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from fedsp.state_files import Buffer, Header, dtype_name, pack_tensors, read_header, read_tensor
+from fedsp.tensor_files import Buffer, Header, dtype_name, pack_tensors, read_header, read_tensor
 
 MESSAGE_VERSION = "1"
 MAX_OVERHEAD_BYTES = 1024

@@ -1,8 +1,7 @@
 """Nested state in one safetensors file, written atomically; nothing here knows what it means.
 
 Tensors rest as safetensors, all around them as JSON in the file's header, and never as a pickle.
-The format is written here because the safetensors library orders metadata at random: the same
-state would have other bytes, and another checksum in the ledger, in every process.
+The container itself is read and written in `tensor_files`.
 """
 
 import errno
@@ -13,129 +12,26 @@ import os
 import struct
 import zlib
 from collections import Counter
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
-import torch
 from torch import Tensor
+
+from fedsp.tensor_files import (
+    Buffer,
+    Header,
+    TensorEntry,
+    assemble,
+    lay_out,
+    plain_tensor,
+    read_header,
+    read_tensor,
+)
 
 STATE_VERSION = "1"
 
 Tree = Any  # dict | list | tuple | str | int | float | bool | None | Tensor, nested
-Buffer = bytes | bytearray | memoryview | mmap.mmap
-
-_DTYPES = {
-    "F64": torch.float64,
-    "F32": torch.float32,
-    "F16": torch.float16,
-    "BF16": torch.bfloat16,
-    "I64": torch.int64,
-    "I32": torch.int32,
-    "I16": torch.int16,
-    "I8": torch.int8,
-    "U64": torch.uint64,
-    "U32": torch.uint32,
-    "U16": torch.uint16,
-    "U8": torch.uint8,
-    "BOOL": torch.bool,
-}
-_CODES = {dtype: code for code, dtype in _DTYPES.items()}
-_MAX_ELEMENTS = 2**62  # torch counts elements in an int64
-_MAX_DIMENSIONS = 64
-
-
-class TensorEntry(NamedTuple):
-    """A tensor as a file's header describes it; `start` and `stop` count from the first tensor."""
-
-    dtype: torch.dtype
-    shape: tuple[int, ...]
-    start: int
-    stop: int
-
-
-class Header(NamedTuple):
-    """A checked header: every tensor lies inside the file, without gap or overlap."""
-
-    metadata: dict[str, str]
-    tensors: dict[str, TensorEntry]
-    num_bytes: int
-
-
-def pack_tensors(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> bytes:
-    """Write tensors and text in safetensors format; equal input gives equal bytes.
-
-    Args:
-        tensors: Tensors on any device; views and shared storage are written out in full.
-        metadata: Text that goes into the header.
-
-    Returns:
-        The file's bytes.
-
-    Raises:
-        TypeError: If a tensor is of a kind or dtype that the format cannot hold.
-    """
-    entries, buffers = _lay_out(tensors)
-    return _assemble(metadata, entries, buffers)
-
-
-def read_header(data: Buffer) -> Header:
-    """Read and check the header of bytes that may come from anywhere.
-
-    Args:
-        data: The whole file.
-
-    Returns:
-        Metadata, every tensor's dtype, shape and place, and the header's own size.
-
-    Raises:
-        ValueError: If the bytes are not exactly one well-formed safetensors file.
-    """
-    size = int.from_bytes(data[:8], "little")
-    if len(data) < 8 or size > len(data) - 8:
-        raise ValueError(f"its {len(data)} bytes end before the header does: truncated or foreign")
-    try:
-        fields = json.loads(
-            bytes(data[8 : 8 + size]).decode(), object_pairs_hook=_unique, parse_constant=_refuse
-        )
-    except (UnicodeDecodeError, RecursionError):
-        raise ValueError("the header is not JSON, or nested too deeply") from None
-    if not isinstance(fields, dict):
-        raise ValueError("the header is not a JSON object")
-    metadata = fields.pop("__metadata__", {})
-    if not isinstance(metadata, dict) or not all(isinstance(v, str) for v in metadata.values()):
-        raise ValueError("the header's metadata is not a map from text to text")
-    tensors = {name: _parse_entry(name, entry) for name, entry in fields.items()}
-    position = 0
-    for name, entry in sorted(tensors.items(), key=lambda item: item[1][2:]):
-        if entry.start != position:
-            raise ValueError(f"tensor {name!r:.80} leaves a gap or overlaps another")
-        position = entry.stop
-    if 8 + size + position != len(data):
-        raise ValueError(
-            f"the header describes {8 + size + position} bytes, there are {len(data)}: truncated"
-        )
-    return Header(metadata, tensors, 8 + size)
-
-
-def read_tensor(data: Buffer, header: Header, name: str) -> Tensor:
-    """Copy one tensor out of a file.
-
-    Args:
-        data: The whole file.
-        header: The header that `read_header` made of it.
-        name: The tensor's name.
-
-    Returns:
-        A tensor on the CPU that owns its memory.
-    """
-    entry = header.tensors[name]
-    if entry.start == entry.stop:
-        return torch.empty(entry.shape, dtype=entry.dtype)
-    span = slice(header.num_bytes + entry.start, header.num_bytes + entry.stop)
-    with memoryview(data) as view, view[span] as part:
-        raw = bytearray(part)
-    return torch.frombuffer(raw, dtype=entry.dtype).reshape(entry.shape)
 
 
 def encode_state(tree: Tree) -> bytes:
@@ -158,10 +54,10 @@ def encode_state(tree: Tree) -> bytes:
         text = json.dumps(plain, allow_nan=False, separators=(",", ":"))
     except RecursionError:
         raise ValueError("the state refers to itself or is nested too deeply") from None
-    entries, buffers = _lay_out(tensors)
+    entries, buffers = lay_out(tensors)
     checksum = _checksum(text, entries, buffers)
     metadata = {"fedsp_state": STATE_VERSION, "crc32": checksum, "tree": text}
-    return _assemble(metadata, entries, buffers)
+    return assemble(metadata, entries, buffers)
 
 
 def decode_state(data: Buffer) -> Tree:
@@ -281,11 +177,6 @@ def remove_temporary_files(folder: Path) -> None:
         path.unlink(missing_ok=True)
 
 
-def dtype_name(dtype: torch.dtype) -> str:
-    """Name of a dtype as a configuration spells it, such as `float32`."""
-    return str(dtype).removeprefix("torch.")
-
-
 def _with_file(path: Path, read: Callable[[Buffer], Any]) -> Any:
     with path.open("rb") as file:
         try:
@@ -307,77 +198,12 @@ def _read_state_header(data: Buffer) -> Header:
     return header
 
 
-def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    fields = dict(pairs)
-    if len(fields) != len(pairs):
-        raise ValueError("the header names something twice")
-    return fields
-
-
 def _refuse(constant: str) -> None:
     raise ValueError(f"the header holds {constant}, which is not JSON")
 
 
-def _parse_entry(name: str, entry: Any) -> TensorEntry:
-    if not isinstance(entry, dict) or set(entry) != {"dtype", "shape", "data_offsets"}:
-        raise ValueError(f"tensor {name!r:.80} must have exactly dtype, shape and data_offsets")
-    code, shape, span = entry["dtype"], entry["shape"], entry["data_offsets"]
-    if not isinstance(code, str) or code not in _DTYPES:
-        raise ValueError(f"tensor {name!r:.80} has the unknown dtype {code!r:.80}")
-    if not _are_sizes(shape) or len(shape) > _MAX_DIMENSIONS:
-        raise ValueError(f"tensor {name!r:.80} has the impossible shape {shape!r:.80}")
-    if math.prod(max(size, 1) for size in shape) > _MAX_ELEMENTS:
-        raise ValueError(f"tensor {name!r:.80} has the impossible shape {shape!r:.80}")
-    if not _are_sizes(span) or len(span) != 2:
-        raise ValueError(f"tensor {name!r:.80} has the impossible offsets {span!r:.80}")
-    if span[1] - span[0] != math.prod(shape) * _DTYPES[code].itemsize:
-        raise ValueError(f"tensor {name!r:.80}: offsets {span!r:.80} do not fit {code} {shape}")
-    return TensorEntry(_DTYPES[code], tuple(shape), span[0], span[1])
-
-
-def _are_sizes(values: Any) -> bool:
-    return isinstance(values, list) and all(type(v) is int and v >= 0 for v in values)
-
-
-def _lay_out(tensors: Mapping[str, Tensor]) -> tuple[dict[str, TensorEntry], list[memoryview]]:
-    plain = {name: _plain_tensor(tensor, name) for name, tensor in tensors.items()}
-    entries, buffers, position = {}, [], 0
-    # Widest elements first: so every tensor is aligned to its element size, as readers may expect.
-    for name in sorted(plain, key=lambda name: (-plain[name].element_size(), name)):
-        tensor = plain[name]
-        stop = position + tensor.numel() * tensor.element_size()
-        entries[name] = TensorEntry(tensor.dtype, tuple(tensor.shape), position, stop)
-        if stop > position:
-            buffers.append(tensor.reshape(-1).view(torch.uint8).numpy().data)
-        position = stop
-    return entries, buffers
-
-
-def _plain_tensor(tensor: Tensor, where: str) -> Tensor:
-    if type(tensor) not in (Tensor, torch.nn.Parameter, torch.nn.Buffer):
-        raise TypeError(f"`{where}`: expected a plain tensor, got {type(tensor)}; gather it first")
-    if tensor.layout is not torch.strided or tensor.is_meta or tensor.dtype not in _CODES:
-        got = f"{tensor.layout}, {tensor.device}, {tensor.dtype}"
-        raise TypeError(f"`{where}`: expected a dense real tensor with data, got {got}")
-    return tensor.detach().resolve_neg().cpu().contiguous()
-
-
-def _fields(entry: TensorEntry) -> dict[str, Any]:
-    span = [entry.start, entry.stop]
-    return {"dtype": _CODES[entry.dtype], "shape": list(entry.shape), "data_offsets": span}
-
-
-def _assemble(
-    metadata: Mapping[str, str], entries: dict[str, TensorEntry], buffers: list[memoryview]
-) -> bytes:
-    tensors = {name: _fields(entry) for name, entry in entries.items()}
-    header = json.dumps({"__metadata__": dict(metadata)} | tensors, separators=(",", ":")).encode()
-    header += b" " * (-len(header) % 8)
-    return b"".join([len(header).to_bytes(8, "little"), header, *buffers])
-
-
 def _checksum(text: str, entries: dict[str, TensorEntry], buffers: list[memoryview]) -> str:
-    tensors = {name: _fields(entry) for name, entry in entries.items()}
+    tensors = {name: entry.fields() for name, entry in entries.items()}
     value = zlib.crc32(json.dumps([text, tensors], sort_keys=True).encode())
     for buffer in buffers:
         value = zlib.crc32(buffer, value)
@@ -392,7 +218,7 @@ def _to_plain(node: Tree, where: str, tensors: dict[str, Tensor]) -> Any:
         return float(node) if math.isfinite(node) else {"float": struct.pack(">d", node).hex()}
     if isinstance(node, Tensor):
         name = f"{len(tensors):06d}"
-        tensors[name] = _plain_tensor(node, where)
+        tensors[name] = plain_tensor(node, where)
         return {"tensor": name}
     if isinstance(node, list | tuple):
         items = [_to_plain(item, f"{where}[{i}]", tensors) for i, item in enumerate(node)]
