@@ -18,10 +18,10 @@ import yaml
 from jsonargparse import Namespace, set_parsing_settings
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
-from transformers.utils.logging import disable_progress_bar
 
 from fedsp.client import ClientModule
 from fedsp.data import FederatedDataModule
+from fedsp.pretrained import hide_loading_bar
 from fedsp.server import ServerModule
 from fedsp.trainer import FederatedTrainer
 
@@ -191,7 +191,7 @@ def main(args: list[str] | None = None) -> None:
     """
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     if not sys.stderr.isatty():
-        disable_progress_bar()  # transformers redraws one line a thousand times over
+        hide_loading_bar()
     previous = signal.signal(signal.SIGTERM, _terminate)
     try:
         with warnings.catch_warnings():

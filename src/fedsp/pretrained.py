@@ -16,6 +16,7 @@ from transformers import (
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
+from transformers.utils.logging import disable_progress_bar
 
 ASSETS = Path(__file__).parent / "assets"
 SCHEME = "fedsp://"
@@ -168,6 +169,11 @@ def load_model(spec: BackboneSpec) -> PreTrainedModel:
             f"{spec.name_or_path!r} lacks {', '.join(sorted(report['missing_keys'])[:5])}."
         )
     return model
+
+
+def hide_loading_bar() -> None:
+    """Keep transformers from drawing its bar, of which a log would show every redrawing."""
+    disable_progress_bar()
 
 
 def describe(model: PreTrainedModel) -> KVShape:
