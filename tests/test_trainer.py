@@ -477,6 +477,13 @@ def test_distillation_without_public_data_is_refused_before_any_work(tmp_path: P
     assert not (tmp_path / "run").exists()
 
 
+def test_monitoring_an_accuracy_without_choices_is_refused_before_any_work(tmp_path: Path) -> None:
+    evaluation = Evaluation(monitor="server/val_accuracy", mode="max")
+    with pytest.raises(ValueError, match="needs questions with several choices"):
+        fit(tmp_path, tmp_path / "run", evaluation=evaluation)
+    assert not (tmp_path / "run").exists()
+
+
 def test_a_full_disk_while_saving_leaves_the_last_checkpoint(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -267,6 +267,10 @@ class FederatedDataModule(LightningDataModule):
         self._require_setup()
         return len(self._portions[split].store) if split in self._portions else 0
 
+    def has_choices(self, split: str) -> bool:
+        """Whether some example of an existing split has several completions to choose from."""
+        return any(len(example.completions) > 1 for example in self._existing(split).store)
+
     def fingerprint(self, split: str) -> str:
         """Return a hash of an existing split's token ids, for artefacts that depend on them."""
         return self._existing(split).store.digest()

@@ -81,17 +81,27 @@ def set_up_data(server: ServerModule, data: FederatedDataModule, stage: str) -> 
     data.setup(stage)
 
 
-def check_run(server: ServerModule, client: ClientModule, data: FederatedDataModule) -> None:
+def check_run(
+    server: ServerModule, client: ClientModule, data: FederatedDataModule, monitor: str
+) -> None:
     """Try out what a run would otherwise meet only after hours of work, and make the first prompt.
 
     Args:
         server: With its model loaded.
         client: Its stages are tried out.
         data: Set up.
+        monitor: The metric that picks the best round.
 
     Raises:
-        ValueError: If a stage, the auxiliary recipe, the first prompt or the public data is wrong.
+        ValueError: If a stage, the auxiliary recipe, the first prompt or the public data is wrong,
+            or the monitored metric will not be measured.
     """
+    wants_choices = "accuracy" in monitor and data.num_examples("selection") > 0
+    if wants_choices and not data.has_choices("selection"):
+        raise ValueError(
+            f"`trainer.evaluation.monitor` {monitor!r} needs questions with several choices, and "
+            "`data.selection` has none. Use server/val_loss, or a fedsp.tasks.MultipleChoice task."
+        )
     distillation = server.initial_distillation
     try_out(
         {
