@@ -4,6 +4,7 @@ import json
 import os
 import re
 import shutil
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -108,13 +109,14 @@ def test_examples_that_are_too_long_are_cut_counted_and_reported(
     rows = [{"prompt": "x" * 80 + f"{i}=", "completion": str(i)} for i in range(100)]
     path = tmp_path / "rows.jsonl"
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    with pytest.warns(UserWarning, match="examples are longer than") as warned:
+    with warnings.catch_warnings():
+        warnings.simplefilter("default")
         outcome = fit({f"{DATA}.clients.init_args.paths": str(path)}, "--trainer.num_rounds", 0)
     assert outcome.status == 0, outcome
-    texts = [str(warning.message) for warning in warned]
+    # one line for people: neither the place in the code nor the line of code
     assert (
-        "`data.clients`: 36 of 36 examples are longer than `data.max_tokens`=60; their prompts "
-        in ("\n".join(texts))
+        "\nfedsp: warning: `data.clients`: 36 of 36 examples are longer than `data.max_tokens`=60; "
+        "their prompts " in "\n" + outcome.err
     )
 
 
