@@ -4,12 +4,10 @@ Rows are read, carved, partitioned, tokenised and batched here by the parts of t
 Rounds, cohorts and models are unknown here.
 """
 
-import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import partial
 from itertools import chain
-from pathlib import Path
 from typing import Any
 
 from datasets import Dataset
@@ -24,6 +22,7 @@ from fedsp.examples import TokenStore
 from fedsp.partition import Partitioner, carve
 from fedsp.portions import Limit, Portion, check_filled, fit_portion, warn_of_losses
 from fedsp.pretrained import BackboneSpec, check_vocabulary, load_tokenizer, resolve
+from fedsp.run_folder import cache_folder
 from fedsp.sources import DataSource, content_hash
 from fedsp.tasks import Task, leading_ids, tokenizer_hash
 from fedsp.token_cache import load_or_build
@@ -83,9 +82,7 @@ class FederatedDataModule(LightningDataModule):
             "test": test, "selection": selection, "server": server, "public": public
         }  # fmt: skip
         self.tokenizer_name, self.max_tokens = tokenizer, max_tokens
-        if cache_dir is None:
-            cache_dir = os.environ.get("FEDSP_CACHE") or "~/.cache/fedsp"
-        self.cache_dir = Path(cache_dir).expanduser() if cache_dir else None
+        self.cache_dir = cache_folder(cache_dir)
         self.client_names: list[str] = []
         self._tokenizer: PreTrainedTokenizerBase | None = None
         self._datasets: dict[str, Dataset] = {}

@@ -144,7 +144,7 @@ class Quality:
     """How close an auxiliary model is to its global model, both without a prompt.
 
     Args:
-        lm_loss: The auxiliary's loss on held-out public labels, in nats a token.
+        lm_loss: The auxiliary's loss on the labels it was measured on, in nats a token.
         global_lm_loss: The global model's on the same labels.
         hidden_error: Hidden mean squared error as a share of the teacher's mean square.
         divergence: KL divergence from the global model's next-token distribution, in nats a token.
@@ -165,7 +165,7 @@ def measure_quality(
     Args:
         teacher: The global model.
         student: The auxiliary model's backbone.
-        batches: Public batches; each counts by its number of tokens.
+        batches: Batches with labels; each counts by its number of tokens.
 
     Returns:
         Means over the tokens.

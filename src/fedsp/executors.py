@@ -1,6 +1,5 @@
 """How a cohort's work is carried out; here one client after the other in this process."""
 
-import hashlib
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
@@ -13,8 +12,8 @@ from torch import Tensor
 from fedsp.client import ClientModule
 from fedsp.client_state import ClientStateStore
 from fedsp.data import FederatedDataModule
-from fedsp.ledger import Ledger
-from fedsp.messages import PromptContract, decode_broadcast, describe, encode, encode_handout
+from fedsp.ledger import Ledger, digest
+from fedsp.messages import PromptContract, decode_broadcast, encode, encode_handout
 from fedsp.phases import Batches, ClientTurn, StageResult, train_client
 
 
@@ -120,7 +119,7 @@ class InProcessExecutor(Executor):
     ) -> Iterator[Reply]:
         """Let every client of the cohort work through one round; see `Executor.run`."""
         ledger = self.simulation.ledger
-        broadcast_digest = _digest(broadcast)
+        broadcast_digest = digest(broadcast)
         for client_id in cohort:
             on_start(client_id)
             self._hand_out(round_idx, client_id)
@@ -156,7 +155,7 @@ class InProcessExecutor(Executor):
             client = self.simulation.client
             # after a resume another client's model may be in there
             client.load_private_state(self._initial)
-            self._handout = _digest(encode_handout(client.require_model()[0].handout()))
+            self._handout = digest(encode_handout(client.require_model()[0].handout()))
         self.simulation.ledger.record_digest(round_idx, client_id, "down", *self._handout)
         self._handed_out.add(client_id)
 
@@ -184,8 +183,3 @@ def _is_finite(tree: Any) -> bool:
     if isinstance(tree, list | tuple):
         return all(map(_is_finite, tree))
     return not isinstance(tree, float) or math.isfinite(tree)
-
-
-def _digest(data: bytes) -> tuple[dict[str, Any], int, str]:
-    """Describe and hash a payload that goes to many clients once."""
-    return describe(data), len(data), hashlib.sha256(data).hexdigest()

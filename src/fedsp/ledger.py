@@ -29,6 +29,21 @@ _FIELDS: dict[str, type] = {
 }
 
 
+def digest(data: Buffer) -> tuple[dict[str, Any], int, str]:
+    """Describe and hash a payload; worth keeping when the same bytes go to many clients.
+
+    Args:
+        data: The payload.
+
+    Returns:
+        What `Ledger.record_digest` takes: description, size in bytes, SHA-256.
+
+    Raises:
+        MessageError: If the payload is not a message.
+    """
+    return describe(data), len(data), hashlib.sha256(data).hexdigest()
+
+
 class Ledger:
     """An append-only file of payloads, for one writer.
 
@@ -72,8 +87,7 @@ class Ledger:
             MessageError: If the payload is not a message.
             OSError: If the line cannot be written; the payload must not leave then.
         """
-        checksum = hashlib.sha256(data).hexdigest()
-        self.record_digest(round_idx, client_id, direction, describe(data), len(data), checksum)
+        self.record_digest(round_idx, client_id, direction, *digest(data))
 
     def record_digest(
         self,

@@ -88,7 +88,7 @@ def _optimize(
     for batch_idx, batch in enumerate(batches):
         tokens.append(batch["attention_mask"].sum())
         batch = fabric.to_device(batch)
-        # single-device Fabric does not autocast step methods by itself; see docs/footguns.md
+        # single-device Fabric does not autocast step methods by itself; see docs/footguns.md#3
         with fabric.autocast():
             loss = loss_of(batch, batch_idx)
         fabric.backward(loss / stage.accumulate_grad_batches)

@@ -1,6 +1,5 @@
 """Before the first round, once: the auxiliary model is derived, taught, measured and kept."""
 
-import os
 import warnings
 from dataclasses import asdict, dataclass
 from itertools import islice
@@ -14,6 +13,7 @@ from fedsp.auxiliary import Auxiliary
 from fedsp.data import FederatedDataModule
 from fedsp.distillation import QUALITY_BATCHES, Distillation, Quality, cache_key, measure_quality
 from fedsp.phases import Optimization, distill
+from fedsp.run_folder import cache_folder
 from fedsp.server import ServerModule
 from fedsp.stages import Stage
 from fedsp.state_files import load_state, save_state
@@ -127,10 +127,8 @@ def _read(path: Path, key: str) -> Any:
 
 def _artefact(spec: Distillation, key: str) -> Path | None:
     """File of the distilled weights in the cache; None keeps none."""
-    if spec.cache_dir == "":
-        return None
-    root = Path(spec.cache_dir or os.environ.get("FEDSP_CACHE") or "~/.cache/fedsp").expanduser()
-    return root / "auxiliary" / f"{key}.safetensors"
+    root = cache_folder(spec.cache_dir)
+    return root / "auxiliary" / f"{key}.safetensors" if root else None
 
 
 def _load(artefact: Path, auxiliary: Auxiliary) -> bool:

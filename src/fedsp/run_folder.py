@@ -1,9 +1,24 @@
-"""Where a run keeps its files, and the check that a run never overwrites another one."""
+"""Where a run keeps its files and runs share a cache; a run never overwrites another one."""
 
 import os
 from pathlib import Path
 
 from fedsp.state_files import remove_temporary_files, write_text_atomically
+
+
+def cache_folder(cache_dir: str | None) -> Path | None:
+    """Say where runs share what they need not make twice.
+
+    Args:
+        cache_dir: As the user set it. None takes `$FEDSP_CACHE`, else `~/.cache/fedsp`; an empty
+            string keeps nothing.
+
+    Returns:
+        The folder, which may not exist yet, or None to keep nothing.
+    """
+    if cache_dir is None:
+        cache_dir = os.environ.get("FEDSP_CACHE") or "~/.cache/fedsp"
+    return Path(cache_dir).expanduser() if cache_dir else None
 
 
 class RunFolder:
