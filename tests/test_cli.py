@@ -422,7 +422,9 @@ def test_an_interrupted_run_says_so_and_resumes(
         "--trainer.num_rounds",
         "500",
     ]
-    code = f"import sys; from fedsp.cli import main; main({args!r})"
+    # tests started in the background of a shell inherit an ignored SIGINT; a terminal's do not
+    heed = "import signal; signal.signal(signal.SIGINT, signal.default_int_handler)"
+    code = f"{heed}; from fedsp.cli import main; main({args!r})"
     with (tmp_path / "err").open("w") as err:
         process = subprocess.Popen(
             [sys.executable, "-c", code], stdout=subprocess.DEVNULL, stderr=err, env=os.environ
