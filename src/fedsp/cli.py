@@ -23,6 +23,7 @@ from fedsp.client import ClientModule
 from fedsp.data import FederatedDataModule
 from fedsp.pretrained import hide_loading_bar
 from fedsp.server import ServerModule
+from fedsp.shipped import expand_names
 from fedsp.trainer import FederatedTrainer
 
 SUBCOMMANDS = ("fit", "validate", "test", "predict", "export")
@@ -196,7 +197,7 @@ def main(args: list[str] | None = None) -> None:
     try:
         with warnings.catch_warnings():
             warnings.showwarning = _show_warning
-            FederatedCLI(args)
+            FederatedCLI(expand_names(sys.argv[1:] if args is None else args))
     except KeyboardInterrupt as interrupt:
         sys.exit(TERMINATED if isinstance(interrupt, Terminated) else INTERRUPTED)
     except (ValueError, OSError, ModuleNotFoundError, MisconfigurationException) as error:
