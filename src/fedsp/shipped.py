@@ -8,7 +8,7 @@ KINDS: tuple[str, ...] = get_args(Kind)
 
 
 def shipped_folder() -> Path:
-    """Return the folder of all shipped configurations: in the package, or beside it in a checkout."""
+    """Return the folder of the configurations: in the package, or beside it in a checkout."""
     installed = Path(__file__).parent / "configs"
     return installed if installed.is_dir() else Path(__file__).parents[2] / "configs"
 
