@@ -20,7 +20,7 @@ from fedsp.batching import Batching, StepBatches, eval_batches, make_loader
 from fedsp.collate import collate, collate_choices, collate_prompts
 from fedsp.examples import TokenStore
 from fedsp.partition import Partitioner, carve
-from fedsp.portions import Limit, Portion, check_filled, fit_portion, warn_of_losses
+from fedsp.portions import Limit, Portion, check_filled, fit_portion, pool, warn_of_losses
 from fedsp.pretrained import BackboneSpec, check_vocabulary, load_tokenizer, resolve
 from fedsp.run_folder import cache_folder
 from fedsp.sources import DataSource, content_hash
@@ -45,6 +45,7 @@ class FederatedDataModule(LightningDataModule):
         public: Split = None,
         selection: Split = 0.1,
         test: Split = 0.1,
+        pool_clients: bool = False,
         public_task: Task | None = None,
         batching: Batching = _DEFAULT_BATCHING,
         tokenizer: str | None = None,
@@ -64,6 +65,8 @@ class FederatedDataModule(LightningDataModule):
                 occur in it.
             selection: Data that chooses the best round, as `server`.
             test: Data that is only scored at the end, as `server`.
+            pool_clients: Let the server train on all clients' examples besides its own: centralised
+                training, which no federation reaches and against which it is measured.
             public_task: What a row of the public data means. Null: as `task`.
             batching: How examples are put together.
             tokenizer: Folder, hub id or `fedsp://NAME`. Null: that of the global model.
@@ -81,6 +84,7 @@ class FederatedDataModule(LightningDataModule):
         self.splits: dict[str, Split] = {
             "test": test, "selection": selection, "server": server, "public": public
         }  # fmt: skip
+        self.pool_clients = pool_clients
         self.tokenizer_name, self.max_tokens = tokenizer, max_tokens
         self.cache_dir = cache_folder(cache_dir)
         self.client_names: list[str] = []
@@ -178,6 +182,9 @@ class FederatedDataModule(LightningDataModule):
         for client_name, portion in zip(self.client_names, self._clients, strict=True):
             owner = f"Client {client_name!r} of `data.clients`"
             check_filled(owner, portion, self.max_tokens)
+        if self.pool_clients:
+            server = [self._portions["server"]] if "server" in self._portions else []
+            self._portions["server"] = pool([*server, *self._clients])
 
     def _read(self) -> None:
         for role, source in {"clients": self.clients, **self.splits}.items():

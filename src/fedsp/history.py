@@ -4,7 +4,7 @@ import math
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from torch import Tensor
+from fedsp.payload import Payload
 
 # what `fedsp.phases.evaluate` measures; the accuracies only where questions have several choices
 METRICS = tuple(
@@ -53,11 +53,11 @@ class Evaluation:
 
 @dataclass(frozen=True)
 class Best:
-    """The best round: its index (-1 before the first round), its monitored value and its prefix."""
+    """The best round: its index (-1 before the first round), its monitored value, its payload."""
 
     round_idx: int
     value: float
-    prefix: Tensor
+    payload: Payload
 
 
 class History:
@@ -95,13 +95,13 @@ class History:
         """Append a finished round."""
         self.rounds.append(metrics)
 
-    def offer(self, round_idx: int, metrics: dict[str, float], prefix: Tensor) -> bool:
+    def offer(self, round_idx: int, metrics: dict[str, float], payload: Payload) -> bool:
         """Compare an evaluation with the best one.
 
         Args:
             round_idx: 0-based communication round.
             metrics: Holds the monitored metric.
-            prefix: [L, 2, K, P, D] The prompt that was measured.
+            payload: What was measured.
 
         Returns:
             Whether it is the new best.
@@ -118,7 +118,7 @@ class History:
         sign = -1.0 if self.evaluation.mode == "min" else 1.0
         better = self.best is None or sign * value > sign * self.best.value
         if math.isfinite(value) and better:
-            self.best = Best(round_idx, value, prefix)
+            self.best = Best(round_idx, value, payload)
             self.stale_evaluations = 0
             return True
         self.stale_evaluations += 1
@@ -130,7 +130,7 @@ class History:
         return {
             "rounds": self.rounds,
             "zero_shot": self.zero_shot,
-            "best": None if best is None else [best.round_idx, best.value, best.prefix],
+            "best": None if best is None else [best.round_idx, best.value, best.payload],
             "stale_evaluations": self.stale_evaluations,
         }
 

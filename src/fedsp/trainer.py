@@ -23,7 +23,15 @@ from fedsp.export import export_adapter
 from fedsp.federation import Communication, Rules
 from fedsp.history import Evaluation, History
 from fedsp.ledger import Ledger, next_attempt
-from fedsp.opening import check_run, launch, make_fabric, open_federation, set_up_data
+from fedsp.opening import (
+    check_run,
+    find_auxiliary,
+    launch,
+    make_fabric,
+    open_federation,
+    set_up_data,
+)
+from fedsp.payload import Payload
 from fedsp.phases import evaluate
 from fedsp.predictions import write_predictions
 from fedsp.progress import RichProgress
@@ -203,9 +211,9 @@ class FederatedTrainer:
             return {}
         measured = self.measure(self.server, "selection")
         metrics = {f"server/val_{name}": value for name, value in measured.items()}
-        prefix = self.server.require_model()[1].prefix().cpu()
-        if self.history.offer(round_idx, metrics, prefix):
-            tree = {"federation": {"prefix": prefix}, "metrics": metrics}
+        payload = self.server.payload()
+        if self.history.offer(round_idx, metrics, payload):
+            tree = {"federation": {"payload": payload}, "metrics": metrics}
             self.checkpoints.save_best(tree, round_idx=round_idx + 1, config=self.config)
         return metrics
 
@@ -271,9 +279,9 @@ class FederatedTrainer:
                 initial prompt.
             max_new_tokens: Longest completion in tokens, at least 1.
         """
-        prefix = self._prefix_of(ckpt_path)
+        payload = self._payload_of(ckpt_path)
         self._launch(model, datamodule, "predict")
-        self._load(prefix)
+        self._load(payload)
         count = write_predictions(
             self.fabric,
             model,
@@ -301,10 +309,10 @@ class FederatedTrainer:
                 initial prompt.
             output_dir: Folder of the adapter; null writes `adapter` in the run folder.
         """
-        prefix = self._prefix_of(ckpt_path)
+        payload = self._payload_of(ckpt_path)
         self.server = model
         launch(self.fabric, model)
-        self._load(prefix)
+        self._load(payload)
         measured = self.folder.results if ckpt_path == "best" else None
         results = json.loads(measured.read_text()) if measured and measured.exists() else {}
         folder = self._export(results, Path(output_dir) if output_dir else self.folder.adapter)
@@ -323,8 +331,8 @@ class FederatedTrainer:
 
     def measure_zero_shot(self, split: str) -> dict[str, float]:
         """Measure the global model without a prompt on `selection` or `test`."""
-        backbone = self.server.require_model()[0]
-        return self._evaluate(split, lambda batch, _: score(backbone, batch, None))
+        with self.server.as_delivered() as backbone:
+            return self._evaluate(split, lambda batch, _: score(backbone, batch, None))
 
     # --- opening and closing ----------------------------------------------------------------------
 
@@ -336,8 +344,9 @@ class FederatedTrainer:
 
     def _claim_folder(self, client: ClientModule) -> None:
         """Make the last checks, then create the run's files: from here on a run can be resumed."""
-        self.sampler.cohort(self.data.num_clients, seed=self.seed, round_idx=0)
-        check_run(self.server, client, self.data, self.history.evaluation.monitor)
+        cohort = self.sampler.cohort(self.data.num_clients, seed=self.seed, round_idx=0)
+        monitor = self.history.evaluation.monitor
+        check_run(self.server, client, self.data, cohort=cohort, monitor=monitor)
         # a logger that is not installed must leave no folder behind that looks like a run
         self.tracker = Tracker(self.loggers, self.folder.path)
         self.folder.create(self.config_text)
@@ -368,7 +377,7 @@ class FederatedTrainer:
         best = self.history.best
         results: dict[str, Any] = {"selection": {"zero_shot": self.history.zero_shot}}
         if best is not None:
-            self._load(best.prefix)
+            self.server.load_payload(best.payload)
             results["selection"]["best"] = {
                 "round": best.round_idx,
                 self.history.evaluation.monitor: best.value,
@@ -381,7 +390,7 @@ class FederatedTrainer:
         self.call("on_test_end", results)
         results["rounds"] = self.history.rounds
         write_text_atomically(self.folder.results, json.dumps(results, indent=2) + "\n")
-        if self.federation.contract.shape[3]:
+        if self.server.prompt_spec.num_virtual_tokens:
             try:
                 self._export(results, self.folder.adapter)
             except ValueError as error:  # a long training must not fail for the adapter's sake
@@ -399,9 +408,9 @@ class FederatedTrainer:
     def _measure_run(
         self, server: ServerModule, data: FederatedDataModule, split: str, ckpt_path: str | None
     ) -> dict[str, float]:
-        prefix = self._prefix_of(ckpt_path)
+        payload = self._payload_of(ckpt_path)
         self._launch(server, data, split)
-        self._load(prefix)
+        self._load(payload)
         metrics = self.measure(server, split)
         self.fabric.print(json.dumps({split: metrics}, indent=2))
         return metrics
@@ -455,15 +464,17 @@ class FederatedTrainer:
         config = self.config or None
         return self.checkpoints.load(ckpt_path, config=config, ignore=RESUME_IGNORES)
 
-    def _prefix_of(self, ckpt_path: str | None) -> Tensor | None:
+    def _payload_of(self, ckpt_path: str | None) -> Payload | None:
         if ckpt_path is None:
             return None
-        prefix: Tensor = self.checkpoints.load(ckpt_path).tree["federation"]["prefix"]
-        return prefix
+        payload: Payload = self.checkpoints.load(ckpt_path).tree["federation"]["payload"]
+        return payload
 
-    def _load(self, prefix: Tensor | None) -> None:
-        if prefix is not None:
-            self.server.require_model()[1].load_prefix(prefix)
+    def _load(self, payload: Payload | None) -> None:
+        auxiliary = find_auxiliary(self) if self.server.deploy_auxiliary else None
+        self.server.start_tuning(auxiliary)
+        if payload is not None:
+            self.server.load_payload(payload)
 
 
 def _as_list(value: Any) -> list[Any]:
