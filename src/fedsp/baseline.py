@@ -26,6 +26,18 @@ class ServerOnlyBaseline(FederatedCallback):
         self._optimization: Any = None
         self._history: History | None = None
 
+    def on_setup_start(self, trainer: Any) -> None:
+        """Refuse a method that tunes something else than a soft prompt on the global model.
+
+        Raises:
+            ValueError: If it does.
+        """
+        if trainer.server.tuned_weights is not None or trainer.server.deploy_auxiliary:
+            raise ValueError(
+                "`trainer.callbacks`: ServerOnlyBaseline tunes a soft prompt on the global model, "
+                "and this method tunes something else. Leave the callback out."
+            )
+
     def on_fit_start(self, trainer: Any) -> None:
         """Make the twin from the initial prompt.
 

@@ -178,11 +178,13 @@ def open_federation(trainer: Any, client: ClientModule) -> Federation:
     )
     trainer.call("on_distillation_end", made.before, made.after, made.cached)
     server.start_tuning(made.auxiliary)
+    cohort = trainer.sampler.cohort(data.num_clients, seed=trainer.seed, round_idx=0)
     prompt = server.require_model()[1]
-    client.install(made.auxiliary, prompt.num_virtual_tokens, trainer.seed, server.tuned_weights)
+    # a server that trains alone may tune what no client could
+    tuned_weights = server.tuned_weights if cohort else None
+    client.install(made.auxiliary, prompt.num_virtual_tokens, trainer.seed, tuned_weights)
     trainer.fabric.to_device(client)
     trainer.fabric.to_device(server)
-    cohort = trainer.sampler.cohort(data.num_clients, seed=trainer.seed, round_idx=0)
     simulation = Simulation(
         fabric=trainer.fabric,
         client=client,

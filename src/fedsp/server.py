@@ -221,17 +221,8 @@ class ServerModule(LightningModule):
         return prefix if self._deployed is None else pool_layers(prefix, self._deployed.slots)
 
     def twin(self) -> "ServerModule":
-        """Return a server of its own prompt over the same global model, which is not copied.
-
-        Raises:
-            ValueError: If weights of the model itself are tuned.
-        """
+        """Return a server of its own prompt over the same global model, which is not copied."""
         backbone, prompt = self.require_model()
-        if self.tuned_weights is not None or self.deploy_auxiliary:
-            raise ValueError(
-                "`trainer.callbacks`: ServerOnlyBaseline tunes a soft prompt on the global model, "
-                "and this method tunes something else. Leave the callback out."
-            )
         other = ServerModule(
             self.backbone_spec,
             self.prompt_spec,
