@@ -109,3 +109,59 @@ def test_a_method_that_lacks_something_says_so_before_any_work(
     assert message in outcome.err
     assert outcome.err.count("\n") == 1
     assert not (tmp_path / "run").exists()
+
+
+def test_an_exported_lora_gives_the_same_loss_in_peft(tmp_path: Path) -> None:
+    import peft
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    from fedsp.cli import FederatedCLI
+
+    options = ["--model.training.optimizer.lr=0.1"]
+    folder = run(tmp_path, "fedlora", *options)
+    arguments = ["--config", str(folder / "config.yaml")]
+    cli = FederatedCLI(arguments, run=False)
+    server, data = cli.model, cli.datamodule
+    cli.trainer.test(server, cli.client, data)
+    delivered = AutoModelForCausalLM.from_config(server.backbone.model.config)
+    untouched = {
+        name.replace(".base_layer", ""): tensor
+        for name, tensor in server.backbone.model.state_dict().items()
+        if ".lora_" not in name
+    }
+    delivered.load_state_dict(untouched)
+    model = peft.PeftModel.from_pretrained(delivered, folder / "adapter").eval()
+    batch = next(iter(data.test_dataloader()))
+    with torch.no_grad():
+        logits = model(batch["input_ids"], attention_mask=batch["attention_mask"]).logits
+        ours = server.backbone.label_logits(batch)[0]
+    rows, columns = (batch["labels"][:, 1:] != -100).nonzero(as_tuple=True)
+    assert torch.allclose(logits[rows, columns], ours, atol=1e-5)
+    with torch.no_grad(), model.disable_adapter():
+        bare = model(batch["input_ids"], attention_mask=batch["attention_mask"]).logits
+    assert not torch.allclose(logits, bare, atol=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("method", "name"),
+    [("offsite_tuning", "tuned_weights.safetensors"), ("fedprompt", "adapter_model.safetensors")],
+)
+def test_what_was_tuned_on_the_global_model_is_exported(
+    tmp_path: Path, method: str, name: str
+) -> None:
+    assert (run(tmp_path, method) / "adapter" / name).is_file()
+
+
+def test_what_was_tuned_on_the_auxiliary_model_is_not_exported_but_can_be_tested(
+    tmp_path: Path,
+) -> None:
+    folder = run(tmp_path, "fedavg_auxiliary")
+    assert not (folder / "adapter").exists()
+    refused = command("export", "--config", folder / "config.yaml")
+    assert refused.status == 1
+    assert "`model.deploy_auxiliary` tunes the auxiliary model" in refused.err
+    again = command("test", "--config", folder / "config.yaml")
+    assert again.status == 0, again.err
+    results = json.loads((folder / "results.json").read_text())
+    assert json.loads(again.out)["test"] == pytest.approx(results["test"]["best"])

@@ -18,9 +18,7 @@ def test_lora_computes_what_pefts_model_computes(family: str) -> None:
     ours, theirs = tiny_backbone(family), tiny_backbone(family)
     recipe = LoRA(rank=4, alpha=16)
     weights = recipe.select(ours, list(range(len(ours.layers))), seed=0)
-    config = recipe.config()
-    config.fan_in_fan_out = family == "gpt2"
-    model = peft.get_peft_model(theirs.model, config)
+    model = peft.get_peft_model(theirs.model, recipe.config(theirs))
     named = dict(model.named_parameters())
     generator = torch.Generator().manual_seed(0)
     with torch.no_grad():

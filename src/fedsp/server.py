@@ -199,7 +199,17 @@ class ServerModule(LightningModule):
         prompt = self.require_model()[1]
         with_prompt = prompt.num_virtual_tokens or not self._weights
         named = {SOFT_PROMPT: prompt.prefix().cpu()} if with_prompt else {}
-        return named | weights_payload(self._weights)
+        return named | self.weights()
+
+    def weights(self) -> Payload:
+        """Return copies of the tuned weights, without the prompt."""
+        return weights_payload(self._weights)
+
+    @property
+    def is_exportable(self) -> bool:
+        """Whether something was tuned that others can load beside the global model."""
+        has_parts = self.prompt_spec.num_virtual_tokens > 0 or self.tuned_weights is not None
+        return has_parts and not self.deploy_auxiliary
 
     def load_payload(self, payload: Payload) -> None:
         """Become exactly what `payload` returned."""

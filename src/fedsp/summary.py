@@ -22,7 +22,6 @@ from fedsp.display import (
     sections,
 )
 from fedsp.messages import ClientUpdate, ServerBroadcast, encode
-from fedsp.payload import SOFT_PROMPT
 
 _DTYPES = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}
 
@@ -79,9 +78,7 @@ def _tuned_rows(trainer: Any, size: int) -> Rows:
         text = f"{human_count(count)} parameters, {human_share(count / size)}: {tokens} a layer"
         rows.append(("prompt", text))
     if trainer.server.tuned_weights is not None:
-        weights = trainer.server.payload()
-        weights.pop(SOFT_PROMPT, None)
-        count = sum(tensor.numel() for tensor in weights.values())
+        count = sum(tensor.numel() for tensor in trainer.server.weights().values())
         kind = type(trainer.server.tuned_weights).__name__
         text = f"{human_count(count)} parameters, {human_share(count / size)}: {kind}"
         rows.append(("weights", text))

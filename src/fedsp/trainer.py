@@ -309,6 +309,11 @@ class FederatedTrainer:
                 initial prompt.
             output_dir: Folder of the adapter; null writes `adapter` in the run folder.
         """
+        if model.deploy_auxiliary:
+            raise ValueError(
+                "`model.deploy_auxiliary` tunes the auxiliary model, which peft cannot load: only "
+                "what was tuned on the global model can be exported."
+            )
         payload = self._payload_of(ckpt_path)
         self.server = model
         launch(self.fabric, model)
@@ -390,16 +395,21 @@ class FederatedTrainer:
         self.call("on_test_end", results)
         results["rounds"] = self.history.rounds
         write_text_atomically(self.folder.results, json.dumps(results, indent=2) + "\n")
-        if self.server.prompt_spec.num_virtual_tokens:
-            try:
+        try:
+            if self.server.is_exportable:
                 self._export(results, self.folder.adapter)
-            except ValueError as error:  # a long training must not fail for the adapter's sake
-                warnings.warn(f"no adapter is written: {error}", stacklevel=2)
+        except ValueError as error:  # a long training must not fail for the adapter's sake
+            warnings.warn(f"no adapter is written: {error}", stacklevel=2)
         self.call("on_fit_end", results)
 
     def _export(self, results: dict[str, Any], folder: Path) -> Path:
         backbone, prompt = self.server.require_model()
         base_model = self.server.backbone_spec.name_or_path
+        if self.server.tuned_weights is not None:
+            folder.mkdir(parents=True, exist_ok=True)
+            self.server.tuned_weights.export(self.server.weights(), backbone, folder, base_model)
+            if not prompt.num_virtual_tokens:
+                return folder
         figures = {name: value for name, value in results.items() if name in ("selection", "test")}
         return export_adapter(
             prompt.prefix(), backbone, folder, base_model=base_model, results=figures

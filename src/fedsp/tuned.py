@@ -6,14 +6,17 @@ trained here.
 
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors.torch import save
 from torch.nn import Parameter
 
 from fedsp.backbone import Backbone
 from fedsp.payload import Payload
 from fedsp.seeding import isolated_rng, seed_for
+from fedsp.state_files import write_bytes_atomically
 
 Weights = dict[str, Parameter]
 
@@ -50,6 +53,17 @@ class TunedWeights(ABC):
                 "computes in bfloat16 all the same."
             )
 
+    def export(self, weights: Payload, backbone: Backbone, folder: Path, base_model: str) -> None:
+        """Write tuned weights for use outside, as `tuned_weights.safetensors` under their names.
+
+        Args:
+            weights: What `weights_payload` returned.
+            backbone: The model that they were tuned on.
+            folder: An existing folder.
+            base_model: Folder or hub id of the global model.
+        """
+        write_bytes_atomically(folder / "tuned_weights.safetensors", save(weights))
+
 
 class LoRA(TunedWeights):
     """Low-rank updates of linear layers, by peft.
@@ -79,12 +93,15 @@ class LoRA(TunedWeights):
         self.alpha = alpha
         self.target_modules = target_modules
 
-    def config(self) -> Any:
-        """Return peft's configuration of the same settings."""
+    def config(self, backbone: Backbone) -> Any:
+        """Return peft's configuration of the same settings for a model."""
         # peft takes about as long to import as everything else together
         from peft import LoraConfig
 
+        # GPT-2's linear layers keep their weights transposed
+        kinds = {type(module).__name__ for module in backbone.model.modules()}
         return LoraConfig(
+            fan_in_fan_out="Conv1D" in kinds,
             r=self.rank,
             lora_alpha=self.alpha,
             target_modules=self.target_modules,
@@ -104,12 +121,8 @@ class LoRA(TunedWeights):
                 "set `model.auxiliary` to fedsp.recipes.WholeModel."
             )
         with isolated_rng(seed_for(seed, "lora")):
-            config = self.config()
-            # GPT-2's linear layers keep their weights transposed
-            kinds = {type(module).__name__ for module in backbone.model.modules()}
-            config.fan_in_fan_out = "Conv1D" in kinds
             try:
-                LoraModel(backbone.model, config, "default")
+                LoraModel(backbone.model, self.config(backbone), "default")
             except ValueError as error:
                 raise ValueError(f"`model.tuned_weights.target_modules`: {error}") from error
         backbone.model.requires_grad_(False)
@@ -118,6 +131,19 @@ class LoRA(TunedWeights):
         for parameter in found.values():
             parameter.data = parameter.data.float()
         return found
+
+    def export(self, weights: Payload, backbone: Backbone, folder: Path, base_model: str) -> None:
+        """Write a peft adapter, for `PeftModel.from_pretrained`; see `TunedWeights.export`."""
+        config = self.config(backbone)
+        config.base_model_name_or_path = base_model
+        config.inference_mode = True
+        config.save_pretrained(str(folder))
+        # peft leaves the adapter's own name, `default`, out of the names of a saved adapter
+        named = {
+            f"base_model.model.{name.replace('.default.', '.')}": tensor
+            for name, tensor in weights.items()
+        }
+        write_bytes_atomically(folder / "adapter_model.safetensors", save(named))
 
 
 class OuterLayers(TunedWeights):
