@@ -10,14 +10,8 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
 from fedsp.examples import Example
-from fedsp.tasks import (
-    MultipleChoice,
-    PromptCompletion,
-    RawText,
-    Task,
-    leading_ids,
-    tokenizer_hash,
-)
+from fedsp.tasks import MultipleChoice, PromptCompletion, RawText, Task
+from fedsp.tokenization import leading_ids, tokenizer_hash
 from toy_text import byte_tokenizer
 
 BOS, EOS = 0, 1
