@@ -86,16 +86,13 @@ class FederatedDataModule(LightningDataModule):
                 "`data.public`=server is the server's data once more, which needs `data.server` "
                 f"and no `data.public_task`, got {server} and {public_task}."
             )
-        wanted = {
+        wanted: dict[str, Split] = {
             "test": test,
             "selection": selection,
             "server": server,
             "public": None if self._public_is_servers else public,
         }
-        self.splits: dict[str, DataSource | int | float | None] = {
-            name: clients.other_split(split) if isinstance(split, str) else split
-            for name, split in wanted.items()
-        }
+        self.splits = {name: self._resolve(name, split) for name, split in wanted.items()}
         self.tokenizer_name, self.max_tokens = tokenizer, max_tokens
         self.cache_dir = cache_folder(cache_dir)
         self.client_names: list[str] = []
@@ -104,6 +101,12 @@ class FederatedDataModule(LightningDataModule):
         self._portions: dict[str, Portion] = {}
         self._clients: list[Portion] = []
         self._is_set_up = False
+
+    def _resolve(self, role: str, split: Split) -> DataSource | int | float | None:
+        if not isinstance(split, str):
+            return split
+        with self._naming(role):
+            return self.clients.other_split(split)
 
     def limit_tokens(self, max_tokens: int) -> None:
         """Take over what the model's positions leave for text; call it before `setup`.

@@ -67,8 +67,8 @@ def chat_turn(
         before, whole = layout(messages[:-1], to_go_on=True), layout(messages, to_go_on=False)
     except TemplateError as error:
         raise ValueError(
-            f"The chat template (`data.task.template`, else the tokenizer's) refuses the roles "
-            f"{', '.join(message['role'] for message in messages)}: {error}."
+            "The chat template (`data.task.template`, else the tokenizer's) refuses the roles "
+            f"{', '.join(message['role'] for message in messages[:-1])}: {error}."
         ) from error
     if not whole.startswith(before) or whole == before:
         raise ValueError(
