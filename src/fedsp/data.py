@@ -24,10 +24,11 @@ from fedsp.portions import Limit, Portion, check_filled, fit_portion, pool, warn
 from fedsp.pretrained import BackboneSpec, check_vocabulary, load_tokenizer, resolve
 from fedsp.run_folder import cache_folder
 from fedsp.sources import DataSource, content_hash
-from fedsp.tasks import Task, leading_ids, tokenizer_hash
+from fedsp.tasks import Task
 from fedsp.token_cache import load_or_build
+from fedsp.tokenization import leading_ids, tokenizer_hash
 
-Split = DataSource | int | float | None
+Split = DataSource | int | float | str | None
 # The order in which rows are carved out: a split is the same whatever comes after it.
 _SPLITS = ("test", "selection", "server", "public")
 _DEFAULT_BATCHING = Batching()
@@ -59,10 +60,11 @@ class FederatedDataModule(LightningDataModule):
             clients: Source of the clients' data.
             task: What a row means.
             partitioner: Who owns which row of the clients' data, of what is left after carving.
-            server: Data the server trains on: a source of its own, or carved out of the clients'
-                source as a number of rows or as a fraction in (0, 1). Null: none.
-            public: Data for distilling the auxiliary model, as `server`; clients' examples must not
-                occur in it.
+            server: Data the server trains on: a source of its own; carved out of the clients'
+                source, as a number of rows or as a fraction in (0, 1); or the name of another split
+                of the clients' data set. Null: none.
+            public: Data for distilling the auxiliary model, as `server`, or `server` itself: the
+                server's data once more. Clients' examples must not occur in it.
             selection: Data that chooses the best round, as `server`.
             test: Data that is only scored at the end, as `server`.
             pool_clients: Let the server train on all clients' examples besides its own: centralised
@@ -81,9 +83,19 @@ class FederatedDataModule(LightningDataModule):
             raise ValueError(f"`data.max_tokens` must be at least 2 or null, got {max_tokens}.")
         self.task, self.public_task, self.partitioner = task, public_task or task, partitioner
         self.clients, self.batching, self.seed = clients, batching, seed or 0
-        self.splits: dict[str, Split] = {
-            "test": test, "selection": selection, "server": server, "public": public
-        }  # fmt: skip
+        self._public_is_servers = public == "server"
+        if self._public_is_servers and (server is None or public_task is not None):
+            raise ValueError(
+                "`data.public`=server is the server's data once more, which needs `data.server` "
+                f"and no `data.public_task`, got {server} and {public_task}."
+            )
+        wanted: dict[str, Split] = {
+            "test": test,
+            "selection": selection,
+            "server": server,
+            "public": None if self._public_is_servers else public,
+        }
+        self.splits = {name: self._resolve(name, split) for name, split in wanted.items()}
         self.pool_clients = pool_clients
         self.tokenizer_name, self.max_tokens = tokenizer, max_tokens
         self.cache_dir = cache_folder(cache_dir)
@@ -93,6 +105,12 @@ class FederatedDataModule(LightningDataModule):
         self._portions: dict[str, Portion] = {}
         self._clients: list[Portion] = []
         self._is_set_up = False
+
+    def _resolve(self, role: str, split: Split) -> DataSource | int | float | None:
+        if not isinstance(split, str):
+            return split
+        with self._naming(role):
+            return self.clients.other_split(split)
 
     def limit_tokens(self, max_tokens: int) -> None:
         """Take over what the model's positions leave for text; call it before `setup`.
@@ -177,6 +195,8 @@ class FederatedDataModule(LightningDataModule):
             warn_of_losses(f"data.{name}", [portion], self.max_tokens)
             check_filled(f"`data.{name}`", portion, self.max_tokens)
             self._portions[name] = portion
+        if self._public_is_servers:
+            self._portions["public"] = self._portions["server"]
         self._clients = [self._portion("clients", stored, part) for part in parts]
         warn_of_losses("data.clients", self._clients, self.max_tokens)
         for client_name, portion in zip(self.client_names, self._clients, strict=True):
