@@ -366,11 +366,11 @@ class FederatedDataModule(LightningDataModule):
         return self._train_loader(union, "all-clients", -1, 0, None)
 
     def val_dataloader(self) -> DataLoader[Any]:
-        """Return the selection split once, every choice a row."""
+        """Return the selection split once, a question with all its choices a row."""
         return self._eval_loader(self._existing("selection").store)
 
     def test_dataloader(self) -> DataLoader[Any]:
-        """Return the test split once, every choice a row."""
+        """Return the test split once, a question with all its choices a row."""
         return self._eval_loader(self._existing("test").store)
 
     def predict_dataloader(self) -> DataLoader[Any]:
@@ -405,9 +405,9 @@ class FederatedDataModule(LightningDataModule):
         return make_loader(store, batches, partial(collate, pad_id=self._pad_id()))
 
     def _eval_loader(self, store: TokenStore) -> DataLoader[Any]:
-        lengths = [example.longest for example in store]
-        num_rows = [len(example.completions) for example in store]
-        batches = eval_batches(lengths, num_rows, self.batching.eval_batch_size)
+        lengths = [example.num_packed_tokens for example in store]
+        num_choices = [len(example.completions) for example in store]
+        batches = eval_batches(lengths, num_choices, self.batching.eval_batch_size)
         return make_loader(store, batches, partial(collate_choices, pad_id=self._pad_id()))
 
     def _pad_id(self) -> int:

@@ -1,6 +1,6 @@
 """Metrics of an evaluation, as torchmetrics so that they add up over batches and processes.
 
-Axes: R rows (one per choice of a question), Q questions of the batch.
+Axes: C choices, Q questions of the batch.
 """
 
 import torch
@@ -60,10 +60,10 @@ class ChoiceAccuracy(Metric):
         """Add the questions of a batch.
 
         Args:
-            log_likelihood: [R] Sum over each choice's tokens, in nats.
-            question: [R] int64 Which question a row belongs to, 0 to Q - 1 without gaps.
-            is_answer: [R] bool, True for the right choice; one a question.
-            num_chars: [R] Characters of each choice's text, above 0.
+            log_likelihood: [C] Sum over each choice's tokens, in nats.
+            question: [C] int64 Which question a choice belongs to, 0 to Q - 1 without gaps.
+            is_answer: [C] bool, True for the right choice; one a question.
+            num_chars: [C] Characters of each choice's text, above 0.
         """
         score = log_likelihood.double()
         if self.normalize:
