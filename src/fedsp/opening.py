@@ -13,6 +13,7 @@ from fedsp.client_state import ClientStateStore
 from fedsp.data import FederatedDataModule
 from fedsp.executors import InProcessExecutor, Simulation
 from fedsp.federation import Federation
+from fedsp.history import Evaluation
 from fedsp.messages import PromptContract
 from fedsp.preparation import check_public_data, prepare_auxiliary
 from fedsp.server import ServerModule
@@ -82,7 +83,7 @@ def set_up_data(server: ServerModule, data: FederatedDataModule, stage: str) -> 
 
 
 def check_run(
-    server: ServerModule, client: ClientModule, data: FederatedDataModule, monitor: str
+    server: ServerModule, client: ClientModule, data: FederatedDataModule, evaluation: Evaluation
 ) -> None:
     """Try out what a run would otherwise meet only after hours of work, and make the first prompt.
 
@@ -90,18 +91,21 @@ def check_run(
         server: With its model loaded.
         client: Its stages are tried out.
         data: Set up.
-        monitor: The metric that picks the best round.
+        evaluation: What is measured, and which metric picks the best round.
 
     Raises:
         ValueError: If a stage, the auxiliary recipe, the first prompt or the public data is wrong,
-            or the monitored metric will not be measured.
+            or the monitored metric cannot be measured.
     """
+    monitor = evaluation.monitor
     wants_choices = "accuracy" in monitor and data.num_examples("selection") > 0
     if wants_choices and not data.has_choices("selection"):
         raise ValueError(
             f"`trainer.evaluation.monitor` {monitor!r} needs questions with several choices, and "
             "`data.selection` has none. Use server/val_loss, or a fedsp.tasks.MultipleChoice task."
         )
+    for split in ("selection", "test"):
+        check_completions(data, split, evaluation)
     distillation = server.initial_distillation
     try_out(
         {
@@ -114,6 +118,16 @@ def check_run(
     backbone, prompt = server.require_model()
     server.auxiliary_recipe.check(backbone.kv_shape.num_layers)
     server.initialize_prompt(data.sample_ids(prompt.num_virtual_tokens))
+
+
+def check_completions(data: FederatedDataModule, split: str, evaluation: Evaluation) -> None:
+    """Make sure that completions can be written for a split where they are wanted.
+
+    Raises:
+        ValueError: If the task has no prompts, or they leave too few positions.
+    """
+    if evaluation.generate_tokens and data.num_examples(split):
+        data.prompt_dataloader(split, evaluation.generate_tokens)
 
 
 def open_federation(trainer: Any, client: ClientModule) -> Federation:

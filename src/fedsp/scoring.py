@@ -1,9 +1,9 @@
-"""Score an evaluation batch with a backbone and a prefix; shared by both roles.
+"""Score an evaluation batch with a backbone and a prefix, or complete prompts; for both roles.
 
 Axes: B questions, C choices, T text tokens, N tokens of right answers.
 """
 
-from typing import TypedDict
+from typing import Any, TypedDict
 
 import torch
 from torch import Tensor
@@ -38,3 +38,30 @@ def score(backbone: Backbone, batch: dict[str, Tensor], prefix: Tensor | None) -
     log_likelihood = torch.zeros(len(is_answer), dtype=losses.dtype, device=losses.device)
     log_likelihood = log_likelihood.index_add(0, choices, -losses)
     return {"token_losses": losses[is_answer[choices]], "log_likelihood": log_likelihood}
+
+
+def complete(
+    backbone: Backbone,
+    tokenizer: Any,
+    batch: dict[str, Tensor],
+    prefix: Tensor | None,
+    **options: Any,
+) -> list[str]:
+    """Continue a batch of prompts greedily.
+
+    Args:
+        backbone: The model that writes.
+        tokenizer: The transformers tokenizer of its texts.
+        batch: `input_ids` and `attention_mask` [B, T], left-padded.
+        prefix: [L, 2, K, P, D] or None for the bare model.
+        options: Passed on to `generate`, such as `max_new_tokens`.
+
+    Returns:
+        One text a row, without its prompt.
+    """
+    ids = batch["input_ids"]
+    # many models come with settings of their own that draw at random
+    options = {"do_sample": False, "pad_token_id": tokenizer.pad_token_id, **options}
+    output = backbone.generate(ids, batch["attention_mask"], prefix, **options)
+    texts: list[str] = tokenizer.batch_decode(output[:, ids.shape[1] :], skip_special_tokens=True)
+    return texts

@@ -14,7 +14,7 @@ from fedsp.distillation import Distillation
 from fedsp.losses import token_cross_entropy
 from fedsp.messages import ServerBroadcast
 from fedsp.pretrained import NAME_OPTION, BackboneSpec, check_vocabulary, load_tokenizer
-from fedsp.scoring import Scores, score
+from fedsp.scoring import Scores, complete, score
 from fedsp.seeding import stream
 from fedsp.soft_prompt import NormalInit, PromptInitializer, SoftPrompt, check_options
 from fedsp.stages import Stage
@@ -181,12 +181,7 @@ class ServerModule(LightningModule):
             One text a row, without the prompt.
         """
         backbone, prompt = self.require_model()
-        ids = batch["input_ids"]
-        output = backbone.generate(ids, batch["attention_mask"], prompt(), **options)
-        texts: list[str] = self.tokenizer.batch_decode(
-            output[:, ids.shape[1] :], skip_special_tokens=True
-        )
-        return texts
+        return complete(backbone, self.tokenizer, batch, prompt(), **options)
 
     def configure_optimizers(self) -> torch.optim.Optimizer:
         """Return the optimizer of the soft prompt; the frozen global model is not in it."""

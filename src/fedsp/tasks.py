@@ -54,6 +54,18 @@ class Task(ABC):
             ValueError: If a field is missing, empty (null) or of the wrong kind.
         """
 
+    def references_of(self, row: Row) -> list[str]:
+        """Return the texts that a completion is compared with, at least one.
+
+        Args:
+            row: Field name to value.
+
+        Raises:
+            ValueError: As `render`.
+        """
+        rendered = self.render(row, 0)
+        return [rendered.choices[rendered.answer].strip()]
+
     def encode(
         self, rows: Sequence[Row], tokenizer: PreTrainedTokenizerBase, *, first_row: int = 0
     ) -> list[Example]:
