@@ -13,7 +13,6 @@ from fedsp.phases import evaluate_completions
 from fedsp.tasks import PromptCompletion, RawText
 from tiny import fit, make_client, make_data, make_server, make_trainer
 
-
 TASK = PromptCompletion("{prompt}", "{completion}", add_eos=False)
 WRITE = Evaluation(monitor="server/val_f1", mode="max", generate_tokens=1)
 
