@@ -240,7 +240,7 @@ def test_prompts_to_predict_know_their_raw_rows(make: Any, tmp_path: Path) -> No
 def test_raw_text_has_no_prompts_to_predict(make: Any) -> None:
     data = make(task=RawText("{prompt}{completion}"))
     data.setup()
-    with pytest.raises(ValueError, match="`fedsp predict` continues prompts"):
+    with pytest.raises(ValueError, match=r"continue prompts, and `data.task` gives"):
         data.predict_dataloader()
 
 

@@ -79,3 +79,10 @@ def test_a_history_survives_its_state() -> None:
     restored.load_state_dict(history.state_dict())
     assert restored.state_dict() == history.state_dict()
     assert restored.rounds_done == 1
+
+
+def test_exact_match_cannot_be_monitored_where_nothing_is_written() -> None:
+    with pytest.raises(ValueError, match=r"needs completions .*`trainer.evaluation.generate_token"):
+        Evaluation(monitor="server/val_f1", mode="max")
+    with pytest.raises(ValueError, match=r"generate_tokens` must be at least 0, got -1"):
+        Evaluation(generate_tokens=-1)

@@ -337,9 +337,9 @@ class FederatedDataModule(LightningDataModule):
         owned = {text for portion in self._clients for text in portion.texts(marks)}
         return sum(text in owned for text in self._portions["public"].texts(marks))
 
-    def raw_row(self, row_idx: int) -> dict[str, Any]:
-        """Return the fields of a row of the test split by the `row` of a predict batch."""
-        return dict(self._datasets["test" if "test" in self._datasets else "clients"][row_idx])
+    def raw_row(self, row_idx: int, split: str = "test") -> dict[str, Any]:
+        """Return the fields of a split's row by the `row` of a batch of prompts."""
+        return dict(self._datasets[split if split in self._datasets else "clients"][row_idx])
 
     def _require_setup(self) -> None:
         if not self._is_set_up:
@@ -393,21 +393,40 @@ class FederatedDataModule(LightningDataModule):
         return self._train_loader(union, "all-clients", -1, 0, None)
 
     def val_dataloader(self) -> DataLoader[Any]:
-        """Return the selection split once, every choice a row."""
+        """Return the selection split once, a question with all its choices a row."""
         return self._eval_loader(self._existing("selection").store)
 
     def test_dataloader(self) -> DataLoader[Any]:
-        """Return the test split once, every choice a row."""
+        """Return the test split once, a question with all its choices a row."""
         return self._eval_loader(self._existing("test").store)
 
     def predict_dataloader(self) -> DataLoader[Any]:
         """Return the test split's prompts once, padded on the left, each with its raw row."""
-        portion = self._existing("test")
+        return self.prompt_dataloader("test")
+
+    def prompt_dataloader(self, split: str, new_tokens: int = 0) -> DataLoader[Any]:
+        """Return the prompts of `selection` or `test` once, padded on the left, each with its row.
+
+        Args:
+            split: Which split.
+            new_tokens: Room that must be left behind the longest prompt.
+
+        Raises:
+            ValueError: If the task gives no prompts, or the room is not there.
+        """
+        portion = self._existing(split)
         prompts = [len(example.prompt_ids) for example in portion.store]
         if portion.rows is None or 0 in prompts:
             raise ValueError(
-                "`fedsp predict` continues prompts, and `data.task` gives examples without one. "
-                "Use a task with a prompt, such as fedsp.tasks.PromptCompletion."
+                "`fedsp predict` and `trainer.evaluation.generate_tokens` continue prompts, and "
+                "`data.task` gives examples without one. Use a task with a prompt, such as "
+                "fedsp.tasks.PromptCompletion."
+            )
+        if self.max_tokens is not None and max(prompts) + new_tokens > self.max_tokens:
+            raise ValueError(
+                f"`trainer.evaluation.generate_tokens` must be at most "
+                f"{self.max_tokens - max(prompts)}, what the longest prompt of `data.{split}` "
+                f"leaves of {self.max_tokens} tokens, got {new_tokens}."
             )
         batches = eval_batches(prompts, [1] * len(prompts), self.batching.eval_batch_size)
         pad_id, rows, store = self._pad_id(), portion.rows, portion.store
@@ -432,9 +451,9 @@ class FederatedDataModule(LightningDataModule):
         return make_loader(store, batches, partial(collate, pad_id=self._pad_id()))
 
     def _eval_loader(self, store: TokenStore) -> DataLoader[Any]:
-        lengths = [example.longest for example in store]
-        num_rows = [len(example.completions) for example in store]
-        batches = eval_batches(lengths, num_rows, self.batching.eval_batch_size)
+        lengths = [example.num_packed_tokens for example in store]
+        num_choices = [len(example.completions) for example in store]
+        batches = eval_batches(lengths, num_choices, self.batching.eval_batch_size)
         return make_loader(store, batches, partial(collate_choices, pad_id=self._pad_id()))
 
     def _pad_id(self) -> int:

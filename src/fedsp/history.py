@@ -6,9 +6,12 @@ from typing import Any, Literal
 
 from fedsp.payload import Payload
 
-# what `fedsp.phases.evaluate` measures; the accuracies only where questions have several choices
-METRICS = tuple(
-    f"server/val_{name}" for name in ("loss", "perplexity", "accuracy", "accuracy_norm")
+# what `fedsp.phases` measures; accuracies only where questions have several choices, the last two
+# only where completions are written
+_WRITTEN = ("server/val_exact_match", "server/val_f1")
+METRICS = (
+    *(f"server/val_{name}" for name in ("loss", "perplexity", "accuracy", "accuracy_norm")),
+    *_WRITTEN,
 )
 
 
@@ -22,12 +25,15 @@ class Evaluation:
             `server/val_accuracy`.
         mode: `min` where lower is better, `max` where higher is.
         patience: Evaluations without a better value before the run stops; null never stops early.
+        generate_tokens: Longest completion, in tokens, that is written after each prompt of the
+            selection and the test split for exact match and F1; 0 leaves both out.
     """
 
     every_n_rounds: int = 1
     monitor: str = "server/val_loss"
     mode: Literal["min", "max"] = "min"
     patience: int | None = None
+    generate_tokens: int = 0
 
     def __post_init__(self) -> None:
         """Check the values.
@@ -44,6 +50,16 @@ class Evaluation:
             raise ValueError(
                 f"`trainer.evaluation.monitor` must be one of {list(METRICS)}, "
                 f"got {self.monitor!r}."
+            )
+        if self.generate_tokens < 0:
+            raise ValueError(
+                "`trainer.evaluation.generate_tokens` must be at least 0, got "
+                f"{self.generate_tokens}."
+            )
+        if self.monitor in _WRITTEN and not self.generate_tokens:
+            raise ValueError(
+                f"`trainer.evaluation.monitor` {self.monitor!r} needs completions to be written: "
+                "set `trainer.evaluation.generate_tokens` to the longest answer's tokens, got 0."
             )
         if self.patience is not None and self.patience < 1:
             raise ValueError(

@@ -15,6 +15,7 @@ from fedsp.client_state import ClientStateStore
 from fedsp.data import FederatedDataModule
 from fedsp.executors import InProcessExecutor, Simulation
 from fedsp.federation import Federation
+from fedsp.history import Evaluation
 from fedsp.preparation import check_public_data, prepare_auxiliary
 from fedsp.server import ServerModule
 from fedsp.stages import try_out
@@ -88,7 +89,7 @@ def check_run(
     data: FederatedDataModule,
     *,
     cohort: Sequence[int],
-    monitor: str,
+    evaluation: Evaluation,
 ) -> None:
     """Try out what a run would otherwise meet only after hours of work, and make the first prompt.
 
@@ -97,18 +98,21 @@ def check_run(
         client: Its stages are tried out.
         data: Set up.
         cohort: Clients of the first round.
-        monitor: The metric that picks the best round.
+        evaluation: What is measured, and which metric picks the best round.
 
     Raises:
         ValueError: If a stage, the auxiliary recipe, the first prompt or the public data is wrong,
-            the method lacks something, or the monitored metric will not be measured.
+            the method lacks something, or the monitored metric cannot be measured.
     """
+    monitor = evaluation.monitor
     wants_choices = "accuracy" in monitor and data.num_examples("selection") > 0
     if wants_choices and not data.has_choices("selection"):
         raise ValueError(
             f"`trainer.evaluation.monitor` {monitor!r} needs questions with several choices, and "
             "`data.selection` has none. Use server/val_loss, or a fedsp.tasks.MultipleChoice task."
         )
+    for split in ("selection", "test"):
+        check_completions(data, split, evaluation)
     distillation = server.initial_distillation
     try_out(
         {
@@ -147,6 +151,16 @@ def _check_method(
                 f"`{option}` must be 0 for `model.auxiliary` {type(recipe).__name__}, which has no "
                 f"weights of its own to train, got {steps}."
             )
+
+
+def check_completions(data: FederatedDataModule, split: str, evaluation: Evaluation) -> None:
+    """Make sure that completions can be written for a split where they are wanted.
+
+    Raises:
+        ValueError: If the task has no prompts, or they leave too few positions.
+    """
+    if evaluation.generate_tokens and data.num_examples(split):
+        data.prompt_dataloader(split, evaluation.generate_tokens)
 
 
 def find_auxiliary(trainer: Any) -> Auxiliary:

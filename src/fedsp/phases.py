@@ -18,7 +18,7 @@ from torch.optim.lr_scheduler import LRScheduler
 
 from fedsp.auxiliary import Auxiliary
 from fedsp.client import ClientModule
-from fedsp.metrics import ChoiceAccuracy, TokenLoss
+from fedsp.metrics import AnswerMatch, ChoiceAccuracy, TokenLoss
 from fedsp.scoring import Scores
 from fedsp.seeding import isolated_rng, seed_for, stream
 from fedsp.server import ServerModule
@@ -331,3 +331,35 @@ def evaluate(
     if several_choices:
         measured |= {name: float(metric.compute()) for name, metric in accuracy.items()}
     return measured
+
+
+@torch.no_grad()
+def evaluate_completions(
+    fabric: Fabric,
+    complete_batch: Callable[[dict[str, Tensor], int], list[str]],
+    batches: Batches,
+    references_of: Callable[[int], list[str]],
+    *,
+    on_step: Callable[[int], None] | None = None,
+) -> dict[str, float]:
+    """Compare what a model writes after prompts with the right answers.
+
+    Args:
+        fabric: Where to run.
+        complete_batch: A role's `predict_step`; the role is in evaluation mode.
+        batches: Prompts, padded on the left, each with its `row`.
+        references_of: From a `row` to its right answers.
+        on_step: Called with the number of batches done.
+
+    Returns:
+        `exact_match` and `f1` in [0, 1], as SQuAD has them.
+    """
+    match = AnswerMatch()
+    for batch_idx, batch in enumerate(batches):
+        moved = fabric.to_device(batch)
+        with fabric.autocast():
+            texts = complete_batch(moved, batch_idx)
+        match.update(texts, [references_of(row) for row in batch["row"].tolist()])
+        if on_step is not None:
+            on_step(batch_idx + 1)
+    return match.compute()

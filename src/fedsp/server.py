@@ -15,7 +15,7 @@ from fedsp.distillation import Distillation
 from fedsp.losses import token_cross_entropy
 from fedsp.payload import SOFT_PROMPT, Payload
 from fedsp.pretrained import NAME_OPTION, BackboneSpec, check_vocabulary, load_tokenizer
-from fedsp.scoring import Scores, score
+from fedsp.scoring import Scores, complete, score
 from fedsp.seeding import stream
 from fedsp.soft_prompt import (
     NormalInit,
@@ -269,13 +269,8 @@ class ServerModule(LightningModule):
         Returns:
             One text a row, without the prompt.
         """
-        ids = batch["input_ids"]
-        generate = self.require_deployed().generate
-        output = generate(ids, batch["attention_mask"], self.prefix(), **options)
-        texts: list[str] = self.tokenizer.batch_decode(
-            output[:, ids.shape[1] :], skip_special_tokens=True
-        )
-        return texts
+        model, prefix = self.require_deployed(), self.prefix()
+        return complete(model, self.tokenizer, batch, prefix, **options)
 
     def configure_optimizers(self) -> torch.optim.Optimizer:
         """Return the optimizer of what is tuned; the frozen rest of the model is not in it."""

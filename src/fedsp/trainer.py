@@ -24,6 +24,7 @@ from fedsp.federation import Communication, Rules
 from fedsp.history import Evaluation, History
 from fedsp.ledger import Ledger, next_attempt
 from fedsp.opening import (
+    check_completions,
     check_run,
     find_auxiliary,
     launch,
@@ -32,12 +33,12 @@ from fedsp.opening import (
     set_up_data,
 )
 from fedsp.payload import Payload
-from fedsp.phases import evaluate
+from fedsp.phases import evaluate, evaluate_completions
 from fedsp.predictions import write_predictions
 from fedsp.progress import RichProgress
 from fedsp.run_folder import RunFolder
 from fedsp.sampling import ClientSampler, UniformSampler
-from fedsp.scoring import Scores, score
+from fedsp.scoring import Scores, complete, score
 from fedsp.server import ServerModule
 from fedsp.state_files import write_text_atomically
 from fedsp.tracking import LoggerFactory, Tracker, csv_logger
@@ -332,12 +333,17 @@ class FederatedTrainer:
     def measure(self, server: ServerModule, split: str) -> dict[str, float]:
         """Measure a server's prompt on `selection` or `test`; see `fedsp.phases.evaluate`."""
         server.eval()
-        return self._evaluate(split, server.validation_step)
+        return self._evaluate(split, server.validation_step, server.predict_step)
 
     def measure_zero_shot(self, split: str) -> dict[str, float]:
         """Measure the global model without a prompt on `selection` or `test`."""
-        with self.server.as_delivered() as backbone:
-            return self._evaluate(split, lambda batch, _: score(backbone, batch, None))
+        tokenizer = self.server.tokenizer
+        with self.server.as_delivered() as model:
+
+            def complete_batch(batch: dict[str, Tensor], _: int, **options: Any) -> list[str]:
+                return complete(model, tokenizer, batch, None, **options)
+
+            return self._evaluate(split, lambda batch, _: score(model, batch, None), complete_batch)
 
     # --- opening and closing ----------------------------------------------------------------------
 
@@ -350,8 +356,8 @@ class FederatedTrainer:
     def _claim_folder(self, client: ClientModule) -> None:
         """Make the last checks, then create the run's files: from here on a run can be resumed."""
         cohort = self.sampler.cohort(self.data.num_clients, seed=self.seed, round_idx=0)
-        monitor = self.history.evaluation.monitor
-        check_run(self.server, client, self.data, cohort=cohort, monitor=monitor)
+        evaluation = self.history.evaluation
+        check_run(self.server, client, self.data, cohort=cohort, evaluation=evaluation)
         # a logger that is not installed must leave no folder behind that looks like a run
         self.tracker = Tracker(self.loggers, self.folder.path)
         self.folder.create(self.config_text)
@@ -420,16 +426,29 @@ class FederatedTrainer:
     ) -> dict[str, float]:
         payload = self._payload_of(ckpt_path)
         self._launch(server, data, split)
+        check_completions(data, split, self.history.evaluation)
         self._load(payload)
         metrics = self.measure(server, split)
         self.fabric.print(json.dumps({split: metrics}, indent=2))
         return metrics
 
-    def _evaluate(self, split: str, score_batch: ScoreBatch) -> dict[str, float]:
+    def _evaluate(
+        self, split: str, score_batch: ScoreBatch, complete_batch: Callable[..., list[str]]
+    ) -> dict[str, float]:
         loader = {"selection": self.data.val_dataloader, "test": self.data.test_dataloader}[split]()
-        self.call("on_evaluation_start", split, len(loader))
+        new_tokens = self.history.evaluation.generate_tokens
+        prompts: Any = self.data.prompt_dataloader(split, new_tokens) if new_tokens else []
+        self.call("on_evaluation_start", split, len(loader) + len(prompts))
         on_step = partial(self.call, "on_evaluation_step")
         metrics = evaluate(self.fabric, score_batch, loader, on_step=on_step)
+        if new_tokens:
+            metrics |= evaluate_completions(
+                self.fabric,
+                partial(complete_batch, max_new_tokens=new_tokens),
+                prompts,
+                lambda row: self.data.task.references_of(self.data.raw_row(row, split)),
+                on_step=lambda step: on_step(len(loader) + step),
+            )
         self.call("on_evaluation_end", split, metrics)
         return metrics
 
