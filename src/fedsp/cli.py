@@ -197,7 +197,10 @@ def main(args: list[str] | None = None) -> None:
     try:
         with warnings.catch_warnings():
             warnings.showwarning = _show_warning
-            FederatedCLI(expand_names(sys.argv[1:] if args is None else args))
+            if args is None:
+                # LightningCLI warns of arguments that are handed in beside those of sys.argv
+                sys.argv[1:] = expand_names(sys.argv[1:])
+            FederatedCLI(args and expand_names(args))
     except KeyboardInterrupt as interrupt:
         sys.exit(TERMINATED if isinstance(interrupt, Terminated) else INTERRUPTED)
     except (ValueError, OSError, ModuleNotFoundError, MisconfigurationException) as error:
