@@ -44,6 +44,11 @@ class FederatedCallback:
     ) -> None:
         """A client's answer is in; `stages` maps a stage to its `StageResult`."""
 
+    def on_update_accepted(
+        self, trainer: Any, round_idx: int, client_id: int, update: Tensor, reference: Tensor
+    ) -> None:
+        """An update goes into the aggregate; both [L, 2, K, P, D], `reference` is the broadcast."""
+
     def on_update_rejected(self, trainer: Any, round_idx: int, client_id: int, reason: str) -> None:
         """An update was left out of the aggregate."""
 

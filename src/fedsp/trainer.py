@@ -27,6 +27,7 @@ from fedsp.opening import check_run, launch, make_fabric, open_federation, set_u
 from fedsp.phases import evaluate
 from fedsp.predictions import write_predictions
 from fedsp.progress import RichProgress
+from fedsp.round_recorder import RoundRecorder
 from fedsp.run_folder import RunFolder
 from fedsp.sampling import ClientSampler, UniformSampler
 from fedsp.scoring import Scores, score
@@ -119,7 +120,8 @@ class FederatedTrainer:
         ):
             if number < 0:
                 raise ValueError(f"`trainer.{name}` must be at least 0, got {number}.")
-        self.callbacks = [*_as_list(callbacks), *([RichProgress()] if enable_progress_bar else [])]
+        shown = [RichProgress()] if enable_progress_bar else []
+        self.callbacks = [*_as_list(callbacks), RoundRecorder(), *shown]
         self.fabric = make_fabric(
             {
                 "accelerator": accelerator,
