@@ -1,33 +1,38 @@
-"""Figures of runs, each a function from runs to a plotly figure; where they are shown is not known.
+"""Charts of runs, each a function from runs to a figure; where they are shown is not known."""
 
-The one module that knows plotly.
-"""
-
-import math
 from collections import defaultdict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
+from itertools import accumulate
 from typing import Any
 
+from fedsp.figures import (
+    PALETTE,
+    Figure,
+    add_choice,
+    band,
+    bars,
+    crosses,
+    heat_map,
+    line,
+    make_figure,
+)
 from fedsp.run_record import Run
 
-try:
-    import plotly.graph_objects as go
-    from plotly.io import to_html
-    from plotly.offline import get_plotlyjs
-except ModuleNotFoundError as error:
-    raise ModuleNotFoundError(
-        'Reports and charts need plotly: pip install "fedsp[report]".', name=error.name
-    ) from error
-
-# middle tones, told apart by people with colour-blindness too, and readable on white and on black
-PALETTE = ("#2f7ed8", "#d9730d", "#1a9e76", "#c2488f", "#8465d9", "#a8861b", "#d1495b", "#2797a8")
+Runs = Sequence[Run]
 Record = dict[str, Any]
-GRID = "rgba(128,128,128,0.25)"
-PHASES = {
-    "round/client_seconds": "clients",
-    "round/server_seconds": "server training",
+METRICS = {
+    "loss": "loss, nats a token",
+    "accuracy": "accuracy",
+    "exact_match": "exact match",
+    "f1": "F1",
+}
+PHASES = {"round/client_seconds": "clients", "round/server_seconds": "server training"}
+DRIFT = {
+    "total": ("whole round", "solid"),
+    "clients": ("clients", "dot"),
+    "server": ("server", "dash"),
 }
 
 
@@ -45,220 +50,174 @@ class Chart:
     name: str
     title: str
     caption: str
-    draw: Callable[[Sequence[Run]], go.Figure | None]
+    draw: Callable[[Runs], Figure | None]
 
 
-def metric_by_round(runs: Sequence[Run], metric: str) -> go.Figure | None:
-    """Draw a selection metric of the server and the baseline, and the clients' training loss.
-
-    Args:
-        runs: Each in its method's colour.
-        metric: `loss`, `accuracy`, `exact_match` or `f1`.
-    """
-    traces: list[go.Scatter] = []
-    for run, colour in zip(runs, _colours(runs), strict=True):
-        traces += _line(run, f"server/val_{metric}", f"{run.name}: server", colour)
-        baseline = f"baseline/val_{metric}"
-        traces += _line(run, baseline, f"{run.name}: without clients", colour, dash="dash")
-        if metric == "loss" and traces:
-            traces += _clients(run, colour)
-    if not traces:
-        return None
-    return _figure(traces, "round", _METRIC_AXES[metric])
-
-
-def communication(runs: Sequence[Run], metric: str) -> go.Figure | None:
-    """Draw a selection metric over the bytes sent so far in both directions.
+def metric_by_round(runs: Runs, metric: str) -> Figure | None:
+    """Draw a selection metric of server and baseline, and of a single run the clients' losses.
 
     Args:
         runs: Each in its method's colour.
-        metric: `loss`, `accuracy`, `exact_match` or `f1`.
+        metric: A key of `METRICS`.
     """
-    traces = []
-    for run, colour in zip(runs, _colours(runs), strict=True):
-        sent, points = 0.0, []
-        for metrics in run.rounds:
-            sent += metrics.get("comm/up_bytes", 0.0) + metrics.get("comm/down_bytes", 0.0)
-            if f"server/val_{metric}" in metrics:
-                points.append((sent, metrics[f"server/val_{metric}"]))
-        if points and sent:
-            x, y = zip(*points, strict=True)
-            traces.append(_scatter(x, y, run.name, colour))
+    traces: list[object] = []
+    for run, colour in _coloured(runs):
+        for source, label, dash in (
+            ("server", "server", "solid"),
+            ("baseline", "no clients", "dash"),
+        ):
+            x, y = run.series(f"{source}/val_{metric}")
+            if x:
+                name = f"{run.method}: {label}"
+                traces.append(line(x, y, name, colour, dash=dash, tip=f"{run.name}: {label}"))
     if not traces:
         return None
-    figure = _figure(traces, "bytes sent so far, hand-out included", _METRIC_AXES[metric])
+    if metric == "loss" and len(runs) == 1:
+        traces += _client_losses(runs[0])
+    return make_figure(traces, "round", METRICS[metric])
+
+
+def communication(runs: Runs, metric: str) -> Figure | None:
+    """Draw a selection metric over the bytes of both directions so far.
+
+    Args:
+        runs: Each in its method's colour.
+        metric: A key of `METRICS`.
+    """
+    traces, with_handout, without = [], [], []
+    for run, colour in _coloured(runs):
+        x, y = run.series(f"server/val_{metric}")
+        sent = _cumulated_bytes(run, handout=False)
+        if not x or not any(sent.values()):
+            continue
+        without.append([sent[idx] for idx in x])
+        with_handout.append([_cumulated_bytes(run, handout=True)[idx] for idx in x])
+        traces.append(line(without[-1], y, run.method, colour, tip=run.name))
+    if not traces:
+        return None
+    figure = make_figure(traces, "bytes sent so far", METRICS[metric])
     figure.update_xaxes(tickformat="~s", ticksuffix="B", rangemode="tozero")
+    add_choice(figure, {"rounds": without, "with hand-out": with_handout})
     return figure
 
 
-def time_by_phase(runs: Sequence[Run]) -> go.Figure | None:
+def time_by_phase(runs: Runs) -> Figure | None:
     """Draw the seconds of all rounds by phase, a bar a run."""
-    names = [run.name for run in runs]
-    phases = {title: [_total(run, name) for run in runs] for name, title in PHASES.items()}
-    whole = [_total(run, "round/seconds") for run in runs]
+    whole = [run.total("round/seconds") for run in runs]
     if not any(whole):
         return None
+    phases = {title: [run.total(name) for run in runs] for name, title in PHASES.items()}
     known = [sum(values) for values in zip(*phases.values(), strict=True)]
-    phases["evaluation and the rest"] = [
-        max(all_ - part, 0.0) for all_, part in zip(whole, known, strict=True)
-    ]
-    bars = [
-        go.Bar(y=names, x=values, name=title, orientation="h", marker_color=colour)
+    rest = [max(all_ - part, 0.0) for all_, part in zip(whole, known, strict=True)]
+    phases["evaluation and the rest"] = rest
+    names = [run.name for run in runs]
+    traces = [
+        bars(names, values, title, colour)
         for (title, values), colour in zip(phases.items(), PALETTE, strict=False)
     ]
-    figure = _figure(bars, "seconds", "")
-    figure.update_layout(barmode="stack", height=max(260, 150 + 32 * len(runs)))
-    figure.update_yaxes(autorange="reversed", automargin=True)
+    figure = make_figure(traces, "seconds", height=max(240, 140 + 32 * len(runs)))
+    figure.update_layout(barmode="stack")
     return figure
 
 
-def prompt_drift(runs: Sequence[Run]) -> go.Figure | None:
+def prompt_drift(runs: Runs) -> Figure | None:
     """Draw how far a round moved the server's prompt, relative to its norm."""
     traces = []
-    dashes = {"total": "solid", "clients": "dot", "server": "dash"}
-    titles = {"total": "whole round", "clients": "by the clients", "server": "by the server"}
-    for run, colour in zip(runs, _colours(runs), strict=True):
-        records = _records(run)
-        for part, dash in dashes.items():
-            x = [record["round"] for record in records]
+    for run, colour in _coloured(runs):
+        records = run.finished_records()
+        x = [record["round"] for record in records]
+        for part, (label, dash) in DRIFT.items():
             y = [record["relative_drift"][part] for record in records]
             if any(y):
-                traces.append(_scatter(x, y, f"{run.name}: {titles[part]}", colour, dash))
-    return _figure(traces, "round", "change of the prompt / its norm") if traces else None
+                name = f"{run.method}: {label}"
+                traces.append(line(x, y, name, colour, dash=dash, tip=f"{run.name}: {label}"))
+    return make_figure(traces, "round", "change / norm") if traces else None
 
 
-def similarity_by_round(runs: Sequence[Run]) -> go.Figure | None:
+def similarity_by_round(runs: Runs) -> Figure | None:
     """Draw the mean cosine between the updates of two clients, round by round."""
     traces = []
-    for run, colour in zip(runs, _colours(runs), strict=True):
-        points = [(it["round"], it["similarity"]["mean"]) for it in _records(run)]
+    for run, colour in _coloured(runs):
+        points = [(it["round"], it["similarity"]["mean"]) for it in run.finished_records()]
         known = [(x, y) for x, y in points if y is not None]
         if known:
             x, y = zip(*known, strict=True)
-            traces.append(_scatter(x, y, run.name, colour))
-    return _figure(traces, "round", "mean cosine of two updates") if traces else None
+            traces.append(line(x, y, run.method, colour, tip=run.name))
+    return make_figure(traces, "round", "mean cosine") if traces else None
 
 
-def participation(runs: Sequence[Run]) -> go.Figure | None:
+def participation(runs: Runs) -> Figure | None:
     """Draw who took part in which round of the first run, coloured by training loss."""
-    records = _records(runs[0])
+    records = runs[0].finished_records()
     clients = sorted({client for record in records for client in record["cohort"]})
     if not clients:
         return None
-    losses = [[_loss(record, client) for record in records] for client in clients]
-    without = all(value is None for row in losses for value in row)
-    z = [
-        [
-            None if client not in it["cohort"] else 1.0 if without else _loss(it, client)
-            for it in records
-        ]
-        for client in clients
-    ]
+    z = [[_loss(record, client) for record in records] for client in clients]
+    if all(value is None for row in z for value in row):  # clients that train no prompt
+        z = [[1.0 if c in record["cohort"] else None for record in records] for c in clients]
     rounds = [record["round"] for record in records]
-    heat = go.Heatmap(
-        x=rounds,
-        y=[f"client {client}" for client in clients],
-        z=z,
-        colorscale="Viridis",
-        showscale=not without,
-        colorbar={"title": {"text": "loss"}, "thickness": 12},
-        hovertemplate="round %{x}, %{y}: loss %{z:.4f}<extra></extra>",
-        xgap=1,
-        ygap=1,
-    )
-    figure = _figure([heat, *_rejections(records)], "round", "")
-    figure.update_layout(height=max(300, 120 + 18 * len(clients)))
-    figure.update_yaxes(autorange="reversed", showgrid=False, automargin=True)
-    figure.update_xaxes(showgrid=False)
-    return figure
+    traces = [heat_map(rounds, _names(clients), z, "loss", signed=False)]
+    rejected = [
+        (record["round"], f"client {client}", reason)
+        for record in records
+        for client, reason in record["rejected"].items()
+    ]
+    if rejected:
+        traces.append(crosses(rejected, "rejected"))
+    return _without_grid(make_figure(traces, "round", height=max(300, 120 + 18 * len(clients))))
 
 
-def similarity_matrix(runs: Sequence[Run]) -> go.Figure | None:
+def similarity_matrix(runs: Runs) -> Figure | None:
     """Draw the cosine between clients' updates in the first run, averaged over the rounds."""
-    sums: dict[tuple[int, int], list[float]] = defaultdict(list)
-    for record in _records(runs[0]):
+    found: dict[tuple[int, int], list[float]] = defaultdict(list)
+    for record in runs[0].finished_records():
         similarity = record["similarity"]
         for one, row in zip(similarity["clients"], similarity["cosine"], strict=True):
             for other, value in zip(similarity["clients"], row, strict=True):
                 if value is not None:
-                    sums[one, other].append(value)
-    clients = sorted({client for pair in sums for client in pair})
+                    found[one, other].append(value)
+    clients = sorted({client for pair in found for client in pair})
     if len(clients) < 2:
         return None
-    means = {pair: sum(values) / len(values) for pair, values in sums.items()}
-    names = [f"client {client}" for client in clients]
-    heat = go.Heatmap(
-        x=names,
-        y=names,
-        z=[[means.get((one, other)) for other in clients] for one in clients],
-        colorscale="RdBu",
-        zmin=-1,
-        zmax=1,
-        colorbar={"title": {"text": "cosine"}, "thickness": 12},
-        hovertemplate="%{y}, %{x}: %{z:.3f}<extra></extra>",
-    )
-    figure = _figure([heat], "", "")
-    figure.update_layout(height=max(340, 140 + 18 * len(clients)))
-    figure.update_yaxes(autorange="reversed", showgrid=False, automargin=True)
-    figure.update_xaxes(showgrid=False, automargin=True)
-    return figure
+    means = {pair: sum(values) / len(values) for pair, values in found.items()}
+    z = [[means.get((one, other)) for other in clients] for one in clients]
+    names = _names(clients)
+    field = heat_map(names, names, z, "cosine", signed=True)
+    return _without_grid(make_figure([field], "", height=max(340, 140 + 18 * len(clients))))
 
 
-def intervals(
-    names: Sequence[str], means: Sequence[float], half_widths: Sequence[float | None], axis: str
-) -> go.Figure:
-    """Draw means with their intervals, a row a method.
-
-    Args:
-        names: Of the methods.
-        means: One a method.
-        half_widths: None where there is a single value.
-        axis: What is drawn.
-    """
-    error = {"type": "data", "array": [width or 0.0 for width in half_widths], "thickness": 2}
-    colours = [PALETTE[idx % len(PALETTE)] for idx in range(len(names))]
-    points = go.Scatter(
-        x=[*means],
-        y=[*names],
-        mode="markers",
-        marker={"size": 11, "color": colours},
-        error_x=error,
-        showlegend=False,
-    )
-    figure = _figure([points], axis, "")
-    figure.update_layout(height=max(240, 130 + 34 * len(names)))
-    figure.update_yaxes(autorange="reversed", automargin=True)
-    return figure
+def draw_all(charts: Sequence[Chart], runs: Runs) -> list[tuple[Chart, Figure]]:
+    """Draw those charts for which the runs hold something."""
+    drawn = [(chart, chart.draw(runs)) for chart in charts]
+    return [(chart, figure) for chart, figure in drawn if figure is not None]
 
 
-_METRIC_AXES = {
-    "loss": "loss, nats a token",
-    "accuracy": "accuracy",
-    "exact_match": "exact match",
-    "f1": "F1",
-}
-BY_ROUND = [
-    Chart(
+def _title(metric: str) -> str:
+    name = METRICS[metric].partition(",")[0]
+    return name[0].upper() + name[1:]
+
+
+BY_ROUND = {
+    metric: Chart(
         metric,
-        f"{axis.partition(',')[0].capitalize()} by round",
-        "Selection split: the server's model, and beside it the same server steps without clients."
-        + (" The band is the clients' mean training loss ± its deviation." * (metric == "loss")),
+        f"{_title(metric)} by round",
+        "Selection split: the server's model, and the same server steps without clients."
+        + (" Beside a single run: the clients' training loss, ± 1 deviation." * (metric == "loss")),
         partial(metric_by_round, metric=metric),
     )
-    for metric, axis in _METRIC_AXES.items()
-]
-BY_BYTES = [
-    Chart(
-        f"communication_{metric}",
-        f"{axis.partition(',')[0].capitalize()} against communication",
-        "All payloads of both directions, added up round by round.",
-        partial(communication, metric=metric),
-    )
-    for metric, axis in _METRIC_AXES.items()
-]
+    for metric in METRICS
+}
 COMPARING = [
-    *BY_ROUND,
-    *BY_BYTES,
+    *BY_ROUND.values(),
+    *(
+        Chart(
+            f"communication_{metric}",
+            f"{_title(metric)} against communication",
+            "Payloads of both directions, added up; the hand-out is that of auxiliary models.",
+            partial(communication, metric=metric),
+        )
+        for metric in METRICS
+    ),
     Chart("time", "Time by phase", "Seconds of all rounds together.", time_by_phase),
     Chart(
         "drift",
@@ -277,7 +236,7 @@ OF_ONE_RUN = [
     Chart(
         "participation",
         "Participation",
-        "Who took part in which round, coloured by training loss; a cross marks a rejected update.",
+        "Who took part in which round, coloured by training loss; a cross is a rejected update.",
         participation,
     ),
     Chart(
@@ -289,120 +248,46 @@ OF_ONE_RUN = [
 ]
 
 
-def draw_all(charts: Sequence[Chart], runs: Sequence[Run]) -> list[tuple[Chart, go.Figure]]:
-    """Draw those charts for which the runs hold something."""
-    drawn = [(chart, chart.draw(runs)) for chart in charts]
-    return [(chart, figure) for chart, figure in drawn if figure is not None]
-
-
-def html_part(figure: go.Figure, name: str) -> str:
-    """Return a figure as a part of a page that holds `plotly_script` once.
-
-    Args:
-        figure: Any of this module's.
-        name: Its element's id on the page.
-    """
-    config = {"responsive": True, "displaylogo": False}
-    part: str = to_html(figure, config, full_html=False, include_plotlyjs=False, div_id=name)
-    return part
-
-
-def plotly_script() -> str:
-    """Return plotly's JavaScript."""
-    script: str = get_plotlyjs()
-    return script
-
-
-def _figure(traces: Sequence[go.Scatter], x: str, y: str) -> go.Figure:
-    figure = go.Figure(list(traces))
-    figure.update_layout(
-        template="none",
-        paper_bgcolor="rgba(0,0,0,0)",
-        plot_bgcolor="rgba(0,0,0,0)",
-        font={"family": "system-ui, sans-serif", "size": 13, "color": "#777777"},
-        margin={"l": 64, "r": 16, "t": 16, "b": 56},
-        height=380,
-        hovermode="closest",
-        legend={"orientation": "h", "y": -0.22, "x": 0},
-    )
-    for update, title in ((figure.update_xaxes, x), (figure.update_yaxes, y)):
-        update(title={"text": title}, gridcolor=GRID, zeroline=False, automargin=True)
-    if x == "round":
-        figure.update_xaxes(tickformat="d", rangemode="nonnegative")
-    return figure
-
-
-def _scatter(
-    x: Sequence[float], y: Sequence[float | None], name: str, colour: str, dash: str = "solid"
-) -> go.Scatter:
-    line = {"color": colour, "dash": dash, "width": 2}
-    return go.Scatter(x=[*x], y=[*y], name=name, mode="lines+markers", line=line)
-
-
-def _line(run: Run, metric: str, name: str, colour: str, dash: str = "solid") -> list[go.Scatter]:
-    points = [(it["round"], it[metric]) for it in run.rounds if metric in it]
-    if not points:
+def _client_losses(run: Run) -> list[object]:
+    """The clients' training loss: its mean in a band of one deviation."""
+    x, mean = run.series("client/train_loss")
+    if not x:
         return []
-    x, y = zip(*points, strict=True)
-    return [_scatter(x, y, name, colour, dash)]
+    spread = dict(zip(*run.series("client/train_loss_std"), strict=True))
+    low = [value - spread.get(idx, 0.0) for idx, value in zip(x, mean, strict=True)]
+    high = [value + spread.get(idx, 0.0) for idx, value in zip(x, mean, strict=True)]
+    name = "clients, training"
+    return [band(x, low, high, PALETTE[2]), line(x, mean, name, PALETTE[2], dash="dot", tip=name)]
 
 
-def _clients(run: Run, colour: str) -> list[go.Scatter]:
-    """The clients' training loss: its mean as a thin line in a band of one deviation."""
-    points = [
-        (it["round"], it["client/train_loss"], it.get("client/train_loss_std", 0.0))
-        for it in run.rounds
-        if "client/train_loss" in it
+def _cumulated_bytes(run: Run, *, handout: bool) -> dict[float, float]:
+    """By round: all bytes so far."""
+    left_out = {} if handout else run.handout_bytes()
+    sent = [
+        metrics.get("comm/up_bytes", 0.0)
+        + metrics.get("comm/down_bytes", 0.0)
+        - left_out.get(int(metrics["round"]), 0)
+        for metrics in run.rounds
     ]
-    if not points:
-        return []
-    x, mean, spread = (list(values) for values in zip(*points, strict=True))
-    upper = [m + s for m, s in zip(mean, spread, strict=True)]
-    lower = [m - s for m, s in zip(mean, spread, strict=True)]
-    band = go.Scatter(
-        x=x + x[::-1],
-        y=upper + lower[::-1],
-        fill="toself",
-        fillcolor=colour,
-        opacity=0.15,
-        line={"width": 0},
-        hoverinfo="skip",
-        showlegend=False,
-    )
-    return [band, _scatter(x, mean, f"{run.name}: clients, training", colour, "dot")]
-
-
-def _rejections(records: Sequence[Record]) -> list[go.Scatter]:
-    points = [(it["round"], f"client {c}", why) for it in records for c, why in _rejected(it)]
-    if not points:
-        return []
-    x, y, text = zip(*points, strict=True)
-    marker = {"symbol": "x", "size": 9, "color": "#d1495b"}
-    return [
-        go.Scatter(x=[*x], y=[*y], text=[*text], mode="markers", marker=marker, name="rejected")
-    ]
-
-
-def _rejected(record: Record) -> list[tuple[int, str]]:
-    return [(int(client), reason) for client, reason in record["rejected"].items()]
-
-
-def _records(run: Run) -> list[Record]:
-    """Records of finished rounds, in order."""
-    indices = [int(metrics["round"]) for metrics in run.rounds]
-    return [run.records[idx] for idx in indices if idx in run.records]
+    rounds = [metrics["round"] for metrics in run.rounds]
+    return dict(zip(rounds, accumulate(sent), strict=True))
 
 
 def _loss(record: Record, client: int) -> float | None:
-    stages = record["clients"].get(str(client), {})
-    return stages.get("soft_prompt", {}).get("loss")
+    """The client's loss in its last stage, which is the prompt's where there is one."""
+    stages = list(record["clients"].get(str(client), {}).values())
+    return stages[-1]["loss"] if stages else None
 
 
-def _total(run: Run, metric: str) -> float:
-    values = [metrics.get(metric, 0.0) for metrics in run.rounds]
-    return sum(value for value in values if math.isfinite(value))
+def _names(clients: Sequence[int]) -> list[str]:
+    return [f"client {client}" for client in clients]
 
 
-def _colours(runs: Sequence[Run]) -> list[str]:
+def _without_grid(figure: Figure) -> Figure:
+    return figure.update_xaxes(showgrid=False).update_yaxes(showgrid=False)
+
+
+def _coloured(runs: Runs) -> list[tuple[Run, str]]:
+    """Runs with the colour of their method."""
     methods = list(dict.fromkeys(run.method for run in runs))
-    return [PALETTE[methods.index(run.method) % len(PALETTE)] for run in runs]
+    return [(run, PALETTE[methods.index(run.method) % len(PALETTE)]) for run in runs]

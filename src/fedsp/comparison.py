@@ -8,7 +8,7 @@ import io
 import json
 import math
 from collections.abc import Iterable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -50,7 +50,7 @@ class Method:
 
     Args:
         name: What tables and charts call it.
-        runs: At least one.
+        runs: At least one; each has the method's name.
         intervals: By column of a row, over the runs that have it.
     """
 
@@ -86,14 +86,9 @@ def run_row(run: Run) -> Row:
     Args:
         run: May be unfinished: what is not known is left out.
     """
-    totals = {
-        name: sum(metrics.get(name, 0.0) for metrics in run.rounds)
-        for name in ("comm/up_bytes", "comm/down_bytes", "round/seconds")
-    }
-    payloads = run.settled_payloads()
-    handout = sum(row["bytes"] for row in payloads if row["kind"] == "auxiliary_handout")
-    clients = len({row["client"] for row in payloads})
-    up, down = int(totals["comm/up_bytes"]), int(totals["comm/down_bytes"]) - handout
+    clients = len({row["client"] for row in run.settled_payloads()})
+    handout = sum(run.handout_bytes().values())
+    up, down = int(run.total("comm/up_bytes")), int(run.total("comm/down_bytes")) - handout
     best = run.results.get("selection", {}).get("best", {})
     row = {
         "experiment": run.experiment,
@@ -106,7 +101,7 @@ def run_row(run: Run) -> Row:
         "down_bytes": down,
         "handout_bytes": handout,
         "bytes_per_client": round((up + down) / clients) if clients else None,
-        "seconds": round(totals["round/seconds"], 1),
+        "seconds": round(run.total("round/seconds"), 1),
         "parameters": max((it["parameters"] for it in run.records.values()), default=None),
         **_measured(run),
     }
@@ -128,7 +123,8 @@ def group_runs(runs: Iterable[Run]) -> list[Method]:
     methods = []
     for group, label in zip(groups.values(), labels, strict=True):
         name = label if labels.count(label) == 1 else f"{group[0].experiment}/{label}"
-        methods.append(Method(name, group, _intervals([run_row(run) for run in group])))
+        named = [replace(run, method=name) for run in group]
+        methods.append(Method(name, named, _intervals([run_row(run) for run in group])))
     return methods
 
 

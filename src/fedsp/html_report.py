@@ -6,9 +6,10 @@ from html import escape
 from pathlib import Path
 from typing import Any
 
-from fedsp.charts import COMPARING, OF_ONE_RUN, Chart, draw_all, html_part, intervals, plotly_script
+from fedsp.charts import BY_ROUND, COMPARING, OF_ONE_RUN, Chart, draw_all
 from fedsp.comparison import Method, cell, config_differences, group_runs, run_row, shown_columns
 from fedsp.display import human_bytes, human_count, human_seconds, plural
+from fedsp.figures import html_part, interval_figure, plotly_script
 from fedsp.ledger import summarize
 from fedsp.run_record import Run
 from fedsp.state_files import write_text_atomically
@@ -32,7 +33,7 @@ figcaption { font-size: 0.86rem; }
   grid-template-columns: repeat(auto-fit, minmax(min(440px, 100%), 1fr)); }
 figure { margin: 0; padding: 16px; background: var(--card); border: 1px solid var(--line);
   border-radius: 10px; min-width: 0; }
-.scroll { overflow-x: auto; }
+.scroll { overflow-x: auto; margin-top: 20px; }
 table { border-collapse: collapse; width: 100%; font-size: 0.9rem;
   font-variant-numeric: tabular-nums; }
 caption { text-align: left; color: var(--soft); padding-bottom: 6px; }
@@ -50,7 +51,7 @@ const dark = window.matchMedia("(prefers-color-scheme: dark)");
 function paint() {
   const ink = getComputedStyle(document.documentElement).getPropertyValue("--soft").trim();
   for (const plot of document.querySelectorAll(".plotly-graph-div"))
-    Plotly.relayout(plot, {"font.color": ink});
+    Plotly.relayout(plot, {"font.color": ink}).then(Plotly.Plots.resize);
 }
 dark.addEventListener("change", paint);
 paint();
@@ -81,6 +82,8 @@ def page(runs: Sequence[Run]) -> str:
         runs: At least one.
     """
     methods = group_runs(runs)
+    runs = [run for method in methods for run in method.runs]
+    of_one_run = OF_ONE_RUN if len(runs) == 1 else [BY_ROUND["loss"], *OF_ONE_RUN]
     title = ", ".join(dict.fromkeys(method.name for method in methods))
     body = [
         f"<h1>{escape(title)}</h1>",
@@ -90,7 +93,7 @@ def page(runs: Sequence[Run]) -> str:
         _differences(methods),
         "<h2>Rounds</h2>",
         _grid(draw_all(COMPARING, runs), ""),
-        *(_run_section(run, idx) for idx, run in enumerate(runs)),
+        *(_run_section(run, idx, of_one_run) for idx, run in enumerate(runs)),
     ]
     return f"""<!DOCTYPE html>
 <html lang="en">
@@ -151,7 +154,7 @@ def _interval_figure(methods: Sequence[Method], metric: str) -> str:
     if len(known) < 2:
         return ""
     found = [method.intervals[column] for method in known]
-    figure = intervals(
+    figure = interval_figure(
         [method.name for method in known],
         [it.mean for it in found],
         [it.half_width for it in found],
@@ -177,7 +180,7 @@ def _differences(methods: Sequence[Method]) -> str:
     return f"<h2>Configuration</h2>{_table(heads, rows, caption)}"
 
 
-def _run_section(run: Run, idx: int) -> str:
+def _run_section(run: Run, idx: int, charts: Sequence[Chart]) -> str:
     facts = run_row(run)
     parts = [f"<code>{escape(str(run.path))}</code>", plural(len(run.rounds), "round")]
     if "best_round" in facts:
@@ -186,7 +189,7 @@ def _run_section(run: Run, idx: int) -> str:
         parts.append(f"{human_count(facts['parameters'])} parameters tuned")
     return (
         f"<h2>{escape(run.name)}</h2><p>{', '.join(parts)}</p>"
-        f"{_grid(draw_all(OF_ONE_RUN, [run]), f'_{idx}')}{_ledger(run)}"
+        f"{_grid(draw_all(charts, [run]), f'_{idx}')}{_ledger(run)}"
     )
 
 

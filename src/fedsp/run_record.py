@@ -13,6 +13,7 @@ from fedsp.run_folder import RunFolder
 
 Metrics = dict[str, float]
 SEED_FOLDER = "seed-"
+HANDOUT = "auxiliary_handout"
 
 
 @dataclass(frozen=True)
@@ -21,6 +22,7 @@ class Run:
 
     Args:
         path: The folder.
+        method: What the run is called: its folder's name, or in a comparison the method's folder.
         config: Its configuration; empty for a run that was started from Python.
         rounds: Metrics of every finished round, in order.
         records: By round, what `round_recorder` wrote of clients, drift and similarity.
@@ -30,18 +32,13 @@ class Run:
     """
 
     path: Path
+    method: str
     config: dict[str, Any]
     rounds: list[Metrics]
     records: dict[int, dict[str, Any]]
     payloads: list[dict[str, Any]]
     results: dict[str, Any]
     missing: tuple[str, ...]
-
-    @property
-    def method(self) -> str:
-        """What the run is called: its folder's name, or in a comparison the method's folder."""
-        folder = self.path.resolve()
-        return folder.parent.name if folder.name.startswith(SEED_FOLDER) else folder.name
 
     @property
     def experiment(self) -> str:
@@ -58,6 +55,28 @@ class Run:
     def name(self) -> str:
         """Method and seed."""
         return self.method if self.seed is None else f"{self.method}, seed {self.seed}"
+
+    def series(self, metric: str) -> tuple[list[float], list[float]]:
+        """Return the rounds in which a metric was measured, and its values."""
+        points = [(it["round"], it[metric]) for it in self.rounds if metric in it]
+        return [idx for idx, _ in points], [value for _, value in points]
+
+    def total(self, metric: str) -> float:
+        """Return a metric's sum over the rounds."""
+        return sum(self.series(metric)[1])
+
+    def finished_records(self) -> list[dict[str, Any]]:
+        """Return the records of finished rounds, in order."""
+        indices = [int(metrics["round"]) for metrics in self.rounds]
+        return [self.records[idx] for idx in indices if idx in self.records]
+
+    def handout_bytes(self) -> dict[int, int]:
+        """Return by finished round the bytes of auxiliary models that were handed over."""
+        sums: dict[int, int] = {}
+        for row in self.settled_payloads():
+            if row["kind"] == HANDOUT:
+                sums[row["round"]] = sums.get(row["round"], 0) + row["bytes"]
+        return sums
 
     def settled_payloads(self) -> list[dict[str, Any]]:
         """Return the ledger's lines of finished rounds, each of the attempt that finished it.
@@ -132,6 +151,7 @@ def read_run(path: Path) -> Run:
         missing.append("No config.yaml: the run was started from Python, settings are unknown.")
     return Run(
         path=path,
+        method=_method(path.resolve()),
         config=_yaml(folder.config) if folder.config.exists() else {},
         rounds=rounds,
         records=records,
@@ -183,6 +203,10 @@ def flatten_config(node: Any, name: str = "") -> dict[str, Any]:
             for key, value in flatten_config(item, f"{name}.{idx}").items()
         }
     return {name: node}
+
+
+def _method(folder: Path) -> str:
+    return folder.parent.name if folder.name.startswith(SEED_FOLDER) else folder.name
 
 
 def _is_run(path: Path) -> bool:
