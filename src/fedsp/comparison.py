@@ -7,7 +7,7 @@ import csv
 import io
 import json
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -124,8 +124,23 @@ def group_runs(runs: Iterable[Run]) -> list[Method]:
     for group, label in zip(groups.values(), labels, strict=True):
         name = label if labels.count(label) == 1 else f"{group[0].experiment}/{label}"
         named = [replace(run, method=name) for run in group]
-        methods.append(Method(name, named, _intervals([run_row(run) for run in group])))
+        methods.append(Method(name, named, row_intervals([run_row(run) for run in group])))
     return methods
+
+
+def row_intervals(rows: Sequence[Row]) -> dict[str, Interval]:
+    """Return means with intervals of all columns of numbers.
+
+    Args:
+        rows: Of one method. A column that holds something else than finite numbers is left out.
+    """
+    found = {}
+    for name in columns(rows):
+        values = [row[name] for row in rows if name in row]
+        numbers = [value for value in values if isinstance(value, int | float)]
+        if name != "seed" and numbers and all(math.isfinite(value) for value in numbers):
+            found[name] = interval(numbers)
+    return found
 
 
 def columns(rows: Iterable[Row]) -> list[str]:
@@ -162,8 +177,12 @@ def write_comparison(runs: Sequence[Run], folder: Path) -> None:
     write_text_atomically(folder / "comparison.json", json.dumps(content, indent=2) + "\n")
 
 
-def shown_columns(methods: Sequence[Method]) -> dict[str, str]:
-    """Return what a comparison shows, column by heading: what a reader asks for first."""
+def shown_columns(found: Iterable[Mapping[str, Interval]]) -> dict[str, str]:
+    """Return what a comparison shows, column by heading: what a reader asks for first.
+
+    Args:
+        found: Intervals of every method; what none has is not shown.
+    """
     wanted = {
         f"{split} {metric.replace('_', ' ')}": f"{split}_{metric}"
         for split in SPLITS
@@ -179,7 +198,7 @@ def shown_columns(methods: Sequence[Method]) -> dict[str, str]:
         "time": "seconds",
         "tuned": "parameters",
     }
-    present = {name for method in methods for name in method.intervals}
+    present = {name for intervals in found for name in intervals}
     return {title: name for title, name in wanted.items() if name in present}
 
 
@@ -211,7 +230,7 @@ def comparison_table(methods: Sequence[Method]) -> Table:
     table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0), header_style="bold")
     table.add_column("method", no_wrap=True)
     table.add_column("seeds", justify="right")
-    shown = shown_columns(methods)
+    shown = shown_columns(method.intervals for method in methods)
     for title in shown:
         table.add_column(title.replace(" ", "\n"), justify="right", overflow="fold")
     for method in methods:
@@ -251,16 +270,6 @@ def _measured(run: Run) -> Row:
                 if name.startswith("server/val_"):
                     row[f"selection_{name.removeprefix('server/val_')}"] = value
     return row
-
-
-def _intervals(rows: Sequence[Row]) -> dict[str, Interval]:
-    found = {}
-    for name in columns(rows):
-        values = [row[name] for row in rows if name in row]
-        numbers = [value for value in values if isinstance(value, int | float)]
-        if name != "seed" and numbers and all(math.isfinite(value) for value in numbers):
-            found[name] = interval(numbers)
-    return found
 
 
 def _quantile(degrees: int) -> float:

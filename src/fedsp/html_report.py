@@ -128,7 +128,7 @@ def _missing(runs: Sequence[Run]) -> list[str]:
 
 
 def _comparison(methods: Sequence[Method]) -> str:
-    shown = shown_columns(methods)
+    shown = shown_columns(method.intervals for method in methods)
     rows = [
         [
             escape(method.name),
