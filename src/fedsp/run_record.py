@@ -190,7 +190,7 @@ def flatten_config(node: Any, name: str = "") -> dict[str, Any]:
             the names.
         name: Option of that part.
     """
-    if isinstance(node, dict) and node:
+    if isinstance(node, dict) and (node or not name):
         flat: dict[str, Any] = {}
         for key, value in node.items():
             silent = key in ("class_path", "init_args")
