@@ -1,4 +1,4 @@
-"""Which runs a sweep starts, leaves, goes on with and refuses; the runs themselves are stand-ins."""
+"""Which runs a sweep starts, leaves, goes on with and refuses; the runs are stand-ins."""
 
 import sys
 from pathlib import Path
