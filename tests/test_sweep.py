@@ -109,7 +109,7 @@ def test_a_method_that_changed_is_refused_in_a_used_folder(
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"methods": ("no-such",)}, f"must be one of {', '.join(shipped_names('method'))}"),
+        ({"methods": ("no-such",)}, f"`--methods` must be of {', '.join(shipped_names('method'))}"),
         ({"methods": (METHOD, METHOD)}, "`--methods` must name each once"),
         ({"seeds": (1, 1)}, "`--seeds` must name each once"),
         ({"options": ("--seed_everything=3",)}, "cannot be given to `fedsp compare`"),

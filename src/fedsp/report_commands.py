@@ -127,7 +127,8 @@ def main(arguments: Sequence[str]) -> None:
     Args:
         arguments: The command line; its first word is the command.
     """
-    signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(TERMINATED))
+    # as an exception it reaches whoever waits for a run, which ends that run too
+    previous = signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(TERMINATED))
     try:
         status = COMMANDS[arguments[0]](arguments[1:])
     except KeyboardInterrupt:
@@ -137,6 +138,8 @@ def main(arguments: Sequence[str]) -> None:
             raise
         print(f"fedsp: error: {error}", file=sys.stderr)
         status = 1
+    finally:
+        signal.signal(signal.SIGTERM, previous)
     sys.exit(status)
 
 

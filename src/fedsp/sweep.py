@@ -14,7 +14,7 @@ from typing import Any
 
 from fedsp.run_folder import RunFolder
 from fedsp.run_record import SEED_FOLDER
-from fedsp.shipped import find_shipped
+from fedsp.shipped import find_shipped, shipped_names
 from fedsp.state_files import write_text_atomically
 
 # what a sweep gives every run by itself
@@ -49,8 +49,10 @@ class Sweep:
         for kind, values in (("methods", self.methods), ("seeds", self.seeds)):
             if len(set(values)) < len(values):
                 raise ValueError(f"`--{kind}` must name each once, got {list(values)}.")
+        known = shipped_names("method")
         for method in self.methods:
-            find_shipped("method", method)
+            if method not in known:
+                raise ValueError(f"`--methods` must be of {', '.join(known)}, got {method!r}.")
         for option in self.options:
             if option.partition("=")[0] in RESERVED:
                 raise ValueError(
