@@ -9,9 +9,6 @@ from fedsp.callbacks import FederatedCallback
 from fedsp.charts import COMPARING, OF_ONE_RUN, draw_all
 from fedsp.run_record import read_run
 
-# what the trainer's metrics begin with; W&B's own panels of them get the round as their x-axis
-GROUPS = ("server", "client", "baseline", "comm", "round")
-
 
 class WandbDashboard(FederatedCallback):
     """Logs the charts of `fedsp report` to every W&B logger of the run, at its end.
@@ -34,8 +31,8 @@ class WandbDashboard(FederatedCallback):
             )
         for logger in loggers:
             logger.experiment.define_metric("round", hidden=True)
-            for group in GROUPS:
-                logger.experiment.define_metric(f"{group}/*", step_metric="round")
+            # takes the place of Lightning's own axis, `trainer/global_step`
+            logger.experiment.define_metric("*", step_metric="round")
 
     def on_fit_end(self, trainer: Any, report: dict[str, Any]) -> None:
         """Draw the run and log the figures."""
