@@ -97,6 +97,16 @@ def test_runs_that_differ_in_seed_and_folder_only_are_one_method(seeds: list[Run
     assert "seed" not in methods[0].intervals
 
 
+def test_an_unfinished_run_does_not_count_beside_finished_ones(tmp_path: Path) -> None:
+    whole = read_run(runs.write_run(tmp_path / "a" / "seed-0"))
+    part = read_run(runs.write_run(tmp_path / "a" / "seed-1", (2.0,), seed=1, finished=False))
+    (method,) = group_runs([whole, part])
+    assert (len(method.runs), method.count) == (2, 1)
+    assert method.intervals["seconds"] == Interval(20.0, None, 1)
+    (method,) = group_runs([part])
+    assert (method.count, method.intervals["seconds"].mean) == (1, 10.0)
+
+
 def test_methods_of_one_name_are_told_apart_by_their_experiments(tmp_path: Path) -> None:
     folders = [tmp_path / "one" / "fedsp" / "seed-0", tmp_path / "two" / "fedsp" / "seed-0"]
     for folder, changes in zip(folders, ({}, {"data": 1}), strict=True):

@@ -97,7 +97,7 @@ def communication(runs: Runs, metric: str) -> Figure | None:
         return None
     figure = make_figure(traces, "bytes sent so far", METRICS[metric])
     figure.update_xaxes(tickformat="~s", ticksuffix="B", rangemode="tozero")
-    add_choice(figure, {"rounds": without, "with hand-out": with_handout})
+    add_choice(figure, {"without hand-out": without, "with hand-out": with_handout})
     return figure
 
 

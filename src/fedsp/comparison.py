@@ -51,11 +51,13 @@ class Method:
     Args:
         name: What tables and charts call it.
         runs: At least one; each has the method's name.
-        intervals: By column of a row, over the runs that have it.
+        count: Number of runs that the intervals are over: the finished ones, if there are any.
+        intervals: By column of a row, over those of these runs that have it.
     """
 
     name: str
     runs: list[Run]
+    count: int
     intervals: dict[str, Interval]
 
 
@@ -124,7 +126,9 @@ def group_runs(runs: Iterable[Run]) -> list[Method]:
     for group, label in zip(groups.values(), labels, strict=True):
         name = label if labels.count(label) == 1 else f"{group[0].experiment}/{label}"
         named = [replace(run, method=name) for run in group]
-        methods.append(Method(name, named, row_intervals([run_row(run) for run in group])))
+        # costs of half a run would pull the mean of whole ones down
+        rows = [run_row(run) for run in named if run.results] or [run_row(run) for run in named]
+        methods.append(Method(name, named, len(rows), row_intervals(rows)))
     return methods
 
 
@@ -235,7 +239,7 @@ def comparison_table(methods: Sequence[Method]) -> Table:
         table.add_column(title.replace(" ", "\n"), justify="right", overflow="fold")
     for method in methods:
         cells = (cell(name, method.intervals.get(name)) for name in shown.values())
-        table.add_row(method.name, str(len(method.runs)), *cells)
+        table.add_row(method.name, str(method.count), *cells)
     return table
 
 

@@ -166,17 +166,23 @@ def interval_figure(
 
 
 def add_choice(figure: Figure, choices: Mapping[str, Sequence[Sequence[float]]]) -> None:
-    """Let the reader choose between values of the x-axis; the first are shown.
+    """Let the reader choose between values of the x-axis, whose title says which are shown.
 
     Args:
         figure: Changed in place.
         choices: By label, the values of every trace.
     """
+    title = figure.layout.xaxis.title.text
     buttons = [
-        {"label": label, "method": "restyle", "args": [{"x": [[*it] for it in values]}]}
+        {
+            "label": label,
+            "method": "update",
+            "args": [{"x": [[*it] for it in values]}, {"xaxis.title.text": f"{title}, {label}"}],
+        }
         for label, values in choices.items()
     ]
-    menu = {"type": "buttons", "direction": "right", "buttons": buttons, "font": {"size": 11}}
+    figure.update_xaxes(title={"text": f"{title}, {next(iter(choices))}"})
+    menu = {"type": "buttons", "direction": "right", "buttons": buttons, "showactive": False}
     place = {"x": 1, "xanchor": "right", "y": 1.02, "yanchor": "bottom", "bgcolor": _GRID}
     figure.update_layout(updatemenus=[{**menu, **place}])
 

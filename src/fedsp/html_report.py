@@ -33,7 +33,8 @@ figcaption { font-size: 0.86rem; }
   grid-template-columns: repeat(auto-fit, minmax(min(440px, 100%), 1fr)); }
 figure { margin: 0; padding: 16px; background: var(--card); border: 1px solid var(--line);
   border-radius: 10px; min-width: 0; }
-.scroll { overflow-x: auto; margin-top: 20px; }
+.scroll { overflow-x: auto; }
+.grid + .scroll, .scroll + .grid { margin-top: 20px; }
 table { border-collapse: collapse; width: 100%; font-size: 0.9rem;
   font-variant-numeric: tabular-nums; }
 caption { text-align: left; color: var(--soft); padding-bottom: 6px; }
@@ -132,7 +133,7 @@ def _comparison(methods: Sequence[Method]) -> str:
     rows = [
         [
             escape(method.name),
-            str(len(method.runs)),
+            str(method.count),
             *(cell(name, method.intervals.get(name)) for name in shown.values()),
         ]
         for method in methods
