@@ -95,6 +95,14 @@ def test_other_settings_are_refused_in_a_used_folder(
         make(tmp_path, base, **options).claim()
 
 
+def test_finished_runs_of_unknown_settings_are_refused(tmp_path: Path, base: str) -> None:
+    folder = make(tmp_path, base).run_folder(METHOD, 1)
+    folder.mkdir(parents=True)
+    (folder / "results.json").write_text("{}")
+    with pytest.raises(ValueError, match=r"^`--run_dir` .* holds finished runs of which no"):
+        make(tmp_path, base).claim()
+
+
 def test_a_method_that_changed_is_refused_in_a_used_folder(
     tmp_path: Path, base: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:

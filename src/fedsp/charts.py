@@ -164,7 +164,7 @@ def participation(runs: Runs) -> Figure | None:
     ]
     if rejected:
         traces.append(crosses(rejected, "rejected"))
-    return _without_grid(make_figure(traces, "round", height=max(300, 120 + 18 * len(clients))))
+    return _without_grid(make_figure(traces, "round", height=_height(len(clients))))
 
 
 def similarity_matrix(runs: Runs) -> Figure | None:
@@ -183,7 +183,7 @@ def similarity_matrix(runs: Runs) -> Figure | None:
     z = [[means.get((one, other)) for other in clients] for one in clients]
     names = _names(clients)
     field = heat_map(names, names, z, "cosine", signed=True)
-    return _without_grid(make_figure([field], "", height=max(340, 140 + 18 * len(clients))))
+    return _without_grid(make_figure([field], "", height=_height(len(clients))))
 
 
 def draw_all(charts: Sequence[Chart], runs: Runs) -> list[tuple[Chart, Figure]]:
@@ -281,6 +281,11 @@ def _loss(record: Record, client: int) -> float | None:
 
 def _names(clients: Sequence[int]) -> list[str]:
     return [f"client {client}" for client in clients]
+
+
+def _height(rows: int) -> int:
+    """A row a client that can be read, until the figure would not fit a screen."""
+    return min(max(340, 140 + 18 * rows), 900)
 
 
 def _without_grid(figure: Figure) -> Figure:

@@ -79,6 +79,11 @@ class Sweep:
         """
         note = self.folder / "compare.json"
         noted: dict[str, Any] = json.loads(note.read_text()) if note.exists() else {}
+        if not noted and any(RunFolder(folder).results.exists() for folder in self.run_folders()):
+            raise ValueError(
+                f"`--run_dir` {self.folder} holds finished runs of which no compare.json tells the "
+                "settings. Name another folder."
+            )
         base = {"configs": [_digest(path) for path in self.configs], "options": [*self.options]}
         methods = {name: _digest(find_shipped("method", name)) for name in self.methods}
         kept = noted.get("methods", {})
