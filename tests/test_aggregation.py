@@ -6,6 +6,7 @@ from torch import Tensor
 
 from fedsp.aggregation import ServerOptimizer, StreamingMean
 from fedsp.messages import ClientUpdate
+from fedsp.payload import Payload
 
 SHAPE = (1, 2, 1, 1, 2)
 
@@ -14,8 +15,12 @@ def _prefix(*values: float) -> Tensor:
     return torch.tensor(values).reshape(SHAPE)
 
 
+def _payload(prefix: Tensor) -> Payload:
+    return {"soft_prompt": prefix}
+
+
 def _update(client_id: int, num_examples: int, *values: float) -> ClientUpdate:
-    return ClientUpdate(0, client_id, _prefix(*values), num_examples)
+    return ClientUpdate(0, client_id, _payload(_prefix(*values)), num_examples)
 
 
 UPDATES = [_update(0, 1, 1.0, 2.0, 3.0, 4.0), _update(1, 3, 5.0, 6.0, 7.0, 9.0)]
@@ -25,25 +30,26 @@ def test_fedavg_equals_the_mean_by_hand() -> None:
     mean = StreamingMean()
     for update in UPDATES:
         mean.add(update)
-    assert torch.equal(mean.result(), _prefix(3.0, 4.0, 5.0, 6.5))
+    assert torch.equal(mean.result()["soft_prompt"], _prefix(3.0, 4.0, 5.0, 6.5))
 
 
 def test_weighted_mean_equals_the_mean_by_hand() -> None:
     mean = StreamingMean(weight_by_examples=True)
     for update in UPDATES:
         mean.add(update)
-    assert torch.equal(mean.result(), _prefix(4.0, 5.0, 6.0, 7.75))
+    assert torch.equal(mean.result()["soft_prompt"], _prefix(4.0, 5.0, 6.0, 7.75))
 
 
 def test_the_mean_does_not_depend_on_the_order_of_a_thousand_updates() -> None:
     generator = torch.Generator().manual_seed(0)
-    updates = [ClientUpdate(0, i, torch.randn(SHAPE, generator=generator), 1) for i in range(1000)]
+    prefixes = [torch.randn(SHAPE, generator=generator) for _ in range(1000)]
+    updates = [ClientUpdate(0, i, _payload(prefix), 1) for i, prefix in enumerate(prefixes)]
     results = []
     for order in (updates, updates[::-1]):
         mean = StreamingMean()
         for update in order:
             mean.add(update)
-        results.append(mean.result())
+        results.append(mean.result()["soft_prompt"])
     assert torch.equal(*results)
 
 
@@ -52,16 +58,18 @@ def test_reset_forgets_the_last_round() -> None:
     mean.add(UPDATES[0])
     mean.reset()
     mean.add(UPDATES[1])
-    assert torch.equal(mean.result(), UPDATES[1].prefix)
+    assert torch.equal(mean.result()["soft_prompt"], UPDATES[1].payload["soft_prompt"])
 
 
 def test_adding_does_not_change_the_updates() -> None:
-    before = [update.prefix.clone() for update in UPDATES]
+    before = [update.payload["soft_prompt"].clone() for update in UPDATES]
     mean = StreamingMean()
     for update in UPDATES:
         mean.add(update)
-    mean.result()
-    assert all(torch.equal(a, b.prefix) for a, b in zip(before, UPDATES, strict=True))
+    mean.result()["soft_prompt"]
+    assert all(
+        torch.equal(a, b.payload["soft_prompt"]) for a, b in zip(before, UPDATES, strict=True)
+    )
 
 
 def test_no_updates_have_no_mean() -> None:
@@ -71,14 +79,16 @@ def test_no_updates_have_no_mean() -> None:
 
 def test_without_an_optimizer_the_aggregate_is_taken_as_it_is() -> None:
     aggregate = _prefix(1.0, 2.0, 3.0, 4.0)
-    assert torch.equal(ServerOptimizer(None).step(torch.zeros(SHAPE), aggregate), aggregate)
+    got = ServerOptimizer(None).step(_payload(torch.zeros(SHAPE)), _payload(aggregate))
+    assert torch.equal(got["soft_prompt"], aggregate)
 
 
 def test_sgd_at_rate_one_takes_the_aggregate_and_at_half_goes_half_way() -> None:
     old, aggregate = _prefix(0.0, 0.0, 2.0, 2.0), _prefix(2.0, 4.0, 2.0, 0.0)
     for rate, expected in ((1.0, aggregate), (0.5, _prefix(1.0, 2.0, 2.0, 1.0))):
         step = ServerOptimizer(lambda p, rate=rate: torch.optim.SGD(p, lr=rate)).step
-        assert torch.equal(step(old, aggregate), expected)
+        got = step(_payload(old), _payload(aggregate))
+        assert torch.equal(got["soft_prompt"], expected)
 
 
 def test_fedadam_equals_torch_adam_on_the_pseudo_gradient_by_hand() -> None:
@@ -96,8 +106,8 @@ def test_fedadam_equals_torch_adam_on_the_pseudo_gradient_by_hand() -> None:
         second = beta2 * second + (1 - beta2) * gradient**2
         denominator = (second / (1 - beta2**step)).sqrt() + eps
         expected = old[step - 1] - rate * (first / (1 - beta1**step)) / denominator
-        got = optimizer.step(old[step - 1], mean[step - 1])
-        assert torch.allclose(got, expected, atol=1e-6)
+        got = optimizer.step(_payload(old[step - 1]), _payload(mean[step - 1]))
+        assert torch.allclose(got["soft_prompt"], expected, atol=1e-6)
 
 
 def test_a_resumed_server_optimizer_goes_on_with_its_moments() -> None:
@@ -106,8 +116,8 @@ def test_a_resumed_server_optimizer_goes_on_with_its_moments() -> None:
 
     old, mean = torch.zeros(SHAPE), _prefix(1.0, -1.0, 2.0, 0.5)
     first, resumed, fresh = make(), make(), make()
-    first.step(old, mean)
-    resumed.load_state_dict(deepcopy(first.state_dict()), SHAPE)
-    expected = first.step(old, -mean)
-    assert torch.equal(resumed.step(old, -mean), expected)
-    assert not torch.equal(fresh.step(old, -mean), expected)
+    first.step(_payload(old), _payload(mean))
+    resumed.load_state_dict(deepcopy(first.state_dict()), {"soft_prompt": SHAPE})
+    expected = first.step(_payload(old), _payload(-mean))["soft_prompt"]
+    assert torch.equal(resumed.step(_payload(old), _payload(-mean))["soft_prompt"], expected)
+    assert not torch.equal(fresh.step(_payload(old), _payload(-mean))["soft_prompt"], expected)

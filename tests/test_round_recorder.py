@@ -7,43 +7,45 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
 
 from fedsp.callbacks import FederatedCallback
 from fedsp.federation import Communication
+from fedsp.payload import Payload
 from fedsp.round_recorder import MAX_COMPARED, RoundRecorder, similarity
 from fedsp.run_record import read_records
 from fedsp.sampling import UniformSampler
 from tiny import fit
 
 
-class Prompt:
-    """Stands for the server's module: holds a prompt."""
+class Server:
+    """Holds what is tuned, in two tensors."""
 
     def __init__(self, values: list[float]) -> None:
-        self.values = torch.tensor(values)
+        self.values = values
 
-    def prefix(self) -> Tensor:
-        return self.values
+    def payload(self) -> Payload:
+        return payload(self.values)
 
 
-def trainer_with(prompt: Prompt, folder: Path) -> Any:
-    server = SimpleNamespace(require_model=lambda: (None, prompt))
+def payload(values: list[float]) -> Payload:
+    return {"a": torch.tensor([values[:1]]), "b": torch.tensor(values[1:])}
+
+
+def trainer_with(server: Server, folder: Path) -> Any:
     return SimpleNamespace(server=server, folder=SimpleNamespace(rounds=folder / "rounds.jsonl"))
 
 
 def test_drift_and_similarity_are_the_hand_figures(tmp_path: Path) -> None:
     """From (3, 4) the clients go to (3, 10) and (9, 4), the mean is (6, 7), the server (6, 12)."""
-    prompt = Prompt([3.0, 4.0])
-    trainer, recorder = trainer_with(prompt, tmp_path), RoundRecorder()
-    start = prompt.values
+    server = Server([3.0, 4.0])
+    trainer, recorder = trainer_with(server, tmp_path), RoundRecorder()
     recorder.on_round_start(trainer, 0, [5, 7])
     result = SimpleNamespace(loss=2.0, seconds=0.5)
     for client, end in ((5, [3.0, 10.0]), (7, [9.0, 4.0])):
         recorder.on_client_end(trainer, 0, client, {"soft_prompt": result})
-        recorder.on_update_accepted(trainer, 0, client, torch.tensor(end), start)
-    recorder.on_aggregate_end(trainer, 0, torch.tensor([6.0, 7.0]))
-    prompt.values = torch.tensor([6.0, 12.0])
+        recorder.on_update_accepted(trainer, 0, client, payload(end), payload([3.0, 4.0]))
+    recorder.on_aggregate_end(trainer, 0, payload([6.0, 7.0]))
+    server.values = [6.0, 12.0]
     recorder.on_round_end(trainer, 0, {})
     assert read_records(tmp_path / "rounds.jsonl") == {
         0: {
@@ -75,27 +77,41 @@ def test_drift_and_similarity_are_the_hand_figures(tmp_path: Path) -> None:
 def test_cosines_of_known_directions(
     changes: dict[int, list[float]], cosine: list[list[float | None]], mean: float | None
 ) -> None:
-    doubles = {key: torch.tensor(value, dtype=torch.float64) for key, value in changes.items()}
+    vectors = {key: torch.tensor(value) for key, value in changes.items()}
     expected = {"clients": list(changes), "cosine": cosine, "mean": mean}
-    assert similarity(doubles) == expected
+    assert similarity(vectors) == expected
 
 
 def test_a_prompt_of_no_numbers_has_no_relative_drift(tmp_path: Path) -> None:
-    trainer, recorder = trainer_with(Prompt([]), tmp_path), RoundRecorder()
+    trainer, recorder = trainer_with(Server([]), tmp_path), RoundRecorder()
     recorder.on_round_start(trainer, 0, [])
     recorder.on_round_end(trainer, 0, {})
     (record,) = read_records(tmp_path / "rounds.jsonl").values()
     assert record["relative_drift"] == {"total": None, "clients": None, "server": None}
 
 
-def test_only_so_many_updates_are_held(tmp_path: Path) -> None:
-    trainer, recorder = trainer_with(Prompt([1.0]), tmp_path), RoundRecorder()
+@pytest.mark.parametrize(
+    ("max_held", "compared", "has_drift"),
+    [(2**26, MAX_COMPARED, True), (7, 3, True), (1, 0, False)],
+)
+def test_only_so_much_is_held(
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    max_held: int,
+    compared: int,
+    has_drift: bool,
+) -> None:
+    """Payloads of two numbers: in 7 there is room for three."""
+    monkeypatch.setattr("fedsp.round_recorder.MAX_HELD", max_held)
+    trainer, recorder = trainer_with(Server([1.0, 1.0]), tmp_path), RoundRecorder()
     recorder.on_round_start(trainer, 0, [])
     for client in range(MAX_COMPARED + 5):
-        recorder.on_update_accepted(trainer, 0, client, torch.ones(1) * 2, torch.ones(1))
+        recorder.on_update_accepted(trainer, 0, client, payload([2.0, 1.0]), payload([1.0, 1.0]))
+    recorder.on_aggregate_end(trainer, 0, payload([2.0, 1.0]))
     recorder.on_round_end(trainer, 0, {})
     (record,) = read_records(tmp_path / "rounds.jsonl").values()
-    assert record["similarity"]["clients"] == list(range(MAX_COMPARED))
+    assert record["similarity"]["clients"] == list(range(compared))
+    assert (record["drift"] is not None) == has_drift
 
 
 class StopIn(FederatedCallback):

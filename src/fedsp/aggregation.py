@@ -1,7 +1,4 @@
-"""How updates become one soft prompt: a streaming mean and a server optimizer.
-
-Axes: the prefix is [L, 2, K, P, D].
-"""
+"""How updates become the server's next payload: a streaming mean and a server optimizer."""
 
 from abc import ABC, abstractmethod
 from typing import Any
@@ -11,6 +8,7 @@ from lightning.pytorch.cli import OptimizerCallable
 from torch import Tensor
 
 from fedsp.messages import ClientUpdate
+from fedsp.payload import Payload, Shapes, shapes_of
 
 
 class Aggregator(ABC):
@@ -25,8 +23,8 @@ class Aggregator(ABC):
         """Take one checked update in."""
 
     @abstractmethod
-    def result(self) -> Tensor:
-        """Return the combined prefix, [L, 2, K, P, D] fp32.
+    def result(self) -> Payload:
+        """Return the combined payload in fp32.
 
         Raises:
             RuntimeError: If no update was added.
@@ -48,26 +46,27 @@ class StreamingMean(Aggregator):
 
     def reset(self) -> None:
         """Forget everything of the last round."""
-        self._sum: Tensor | None = None
+        self._sums: dict[str, Tensor] = {}
         self._weight = 0.0
 
     def add(self, update: ClientUpdate) -> None:
         """Take one checked update in."""
         weight = float(update.num_examples) if self.weight_by_examples else 1.0
-        # float64: the sum of a thousand prompts must not depend on the order to fp32 accuracy
-        weighted = update.prefix.to("cpu", torch.float64) * weight
-        self._sum = weighted if self._sum is None else self._sum.add_(weighted)
+        for name, tensor in update.payload.items():
+            # float64: the sum of a thousand prompts must not depend on the order to fp32 accuracy
+            weighted = tensor.to("cpu", torch.float64) * weight
+            self._sums[name] = self._sums[name].add_(weighted) if name in self._sums else weighted
         self._weight += weight
 
-    def result(self) -> Tensor:
-        """Return the mean prefix, [L, 2, K, P, D] fp32; see `Aggregator.result`."""
-        if self._sum is None:
+    def result(self) -> Payload:
+        """Return the mean; see `Aggregator.result`."""
+        if not self._weight:
             raise RuntimeError("expected at least one update to aggregate, got none")
-        return (self._sum / self._weight).float()
+        return {name: (total / self._weight).float() for name, total in self._sums.items()}
 
 
 class ServerOptimizer:
-    """Steps the server's prefix with any `torch.optim` class.
+    """Steps what the server tunes with any `torch.optim` class.
 
     The gradient it sees is the pseudo-gradient `old - aggregate`.
 
@@ -91,44 +90,48 @@ class ServerOptimizer:
                 raise ValueError(f"`trainer.server_optimizer` cannot be built: {error}") from error
         self._factory = optimizer
         self._optimizer: torch.optim.Optimizer | None = None
-        self._prefix: torch.nn.Parameter | None = None
+        self._parameters: dict[str, torch.nn.Parameter] = {}
 
-    def _build(self, shape: torch.Size) -> None:
+    def _build(self, shapes: Shapes) -> None:
         if self._factory is not None and self._optimizer is None:
-            self._prefix = torch.nn.Parameter(torch.zeros(shape))
-            self._optimizer = self._factory([self._prefix])
+            # in the order of the names: the state of a resumed run is told apart by place
+            self._parameters = {
+                name: torch.nn.Parameter(torch.zeros(shapes[name])) for name in sorted(shapes)
+            }
+            self._optimizer = self._factory(self._parameters.values())
 
-    def step(self, prefix: Tensor, aggregate: Tensor) -> Tensor:
-        """Return the server's new prefix.
+    def step(self, payload: Payload, aggregate: Payload) -> Payload:
+        """Return what the server tunes from here.
 
         Args:
-            prefix: [L, 2, K, P, D] What was broadcast.
-            aggregate: [L, 2, K, P, D] What the cohort made of it.
+            payload: What was broadcast.
+            aggregate: What the cohort made of it.
 
         Returns:
-            [L, 2, K, P, D] fp32.
+            float32 tensors of its own.
         """
-        self._build(prefix.shape)
-        if self._optimizer is None or self._prefix is None:
-            return aggregate.clone()
-        with torch.no_grad():
-            self._prefix.copy_(prefix)
-        self._prefix.grad = prefix.detach().float().cpu() - aggregate
+        self._build(shapes_of(payload))
+        if self._optimizer is None:
+            return {name: tensor.clone() for name, tensor in aggregate.items()}
+        for name, parameter in self._parameters.items():
+            with torch.no_grad():
+                parameter.copy_(payload[name])
+            parameter.grad = payload[name].detach().float().cpu() - aggregate[name]
         self._optimizer.step()
-        return self._prefix.detach().clone()
+        return {name: it.detach().clone() for name, it in self._parameters.items()}
 
     def state_dict(self) -> dict[str, Any]:
         """Return the optimizer's state, empty before the first step."""
         return {} if self._optimizer is None else self._optimizer.state_dict()
 
-    def load_state_dict(self, state: dict[str, Any], shape: tuple[int, ...]) -> None:
+    def load_state_dict(self, state: dict[str, Any], shapes: Shapes) -> None:
         """Restore what `state_dict` returned.
 
         Args:
             state: The saved state; empty leaves the optimizer fresh.
-            shape: Shape of the prefix, (L, 2, K, P, D).
+            shapes: Shape of every tensor of the payload.
         """
         if state:
-            self._build(torch.Size(shape))
+            self._build(shapes)
             if self._optimizer is not None:
                 self._optimizer.load_state_dict(state)

@@ -18,6 +18,7 @@ from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel
 from transformers.cache_utils import Cache, DynamicCache, DynamicLayer
 
+from fedsp.choice_tree import additive_mask, depths, predecessors, seen_text
 from fedsp.positions import mask_with_prompt, padding_to_the_right, rotate, text_positions
 from fedsp.pretrained import (
     NAME_OPTION,
@@ -167,6 +168,35 @@ class Backbone(nn.Module):
         rows, columns = (targets != IGNORED_LABEL).nonzero(as_tuple=True)
         return self.logits(hidden[rows, columns]), targets[rows, columns], rows
 
+    def choice_logits(
+        self, batch: Mapping[str, Tensor], prefix: Tensor | None = None
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Score the tokens of every choice; all choices of a question share one run of its prompt.
+
+        Args:
+            batch: "input_ids" and "attention_mask" [B, T] int64, padded on the right, each row a
+                prompt and all its choices; "choice" [B, T] int64, the index in the batch of the
+                choice that a token belongs to, -1 elsewhere; "is_answer" [choices].
+            prefix: [L, 2, K, P, D] soft prompt or None.
+
+        Returns:
+            [N, V] logits, [N] int64 targets, and [N] int64 choice that each comes from. A choice
+            without a prompt loses its first token, which nothing predicts.
+
+        Raises:
+            ValueError: As `hidden_states`.
+        """
+        ids, mask, choice = batch["input_ids"], batch["attention_mask"], batch["choice"]
+        if len(batch["is_answer"]) == len(ids):
+            # of one choice each, the rows are plain text, for which attention has faster kernels
+            hidden = self.hidden_states(ids, mask, prefix)
+        else:
+            hidden = self._tree_states(ids, seen_text(mask, choice), prefix)
+        before = predecessors(mask, choice)
+        rows, columns = ((choice >= 0) & (before >= 0)).nonzero(as_tuple=True)
+        logits = self.logits(hidden[rows, before[rows, columns]])
+        return logits, ids[rows, columns], choice[rows, columns]
+
     @torch.no_grad()
     def keys_values(self, input_ids: Tensor) -> Tensor:
         """Return the keys and values of real tokens, placed right before the text to come.
@@ -296,18 +326,43 @@ class Backbone(nn.Module):
     def _rotary(self) -> nn.Module | None:
         return dict(self.decoder.named_children()).get("rotary_emb")
 
+    def _tree_states(self, input_ids: Tensor, seen: Tensor, prefix: Tensor | None) -> Tensor:
+        """Run rows in which every token sees what `seen` [B, T, T] says, and the whole prompt."""
+        positions = depths(seen) + self._start(prefix)
+        self._check_length(int(positions.max()) + 1)
+        num_virtual_tokens = 0 if prefix is None else prefix.shape[3]
+        window = text_option(self.model, "sliding_window")
+        windows = {"full_attention": None, "sliding_attention": window}
+        kinds = set(text_option(self.model, "layer_types") or ["sliding_attention"])
+        masks = {
+            kind: additive_mask(seen, num_virtual_tokens, windows[kind], self.dtype)
+            for kind in kinds
+        }
+        # models with layers of both kinds take a mask for each, the others one for all
+        mask = masks if len(masks) > 1 else masks.popitem()[1]
+        return self._decode(input_ids, mask, positions, self._read_only_cache(prefix))
+
     def _run(
         self, input_ids: Tensor, attention_mask: Tensor, cache: Cache | None, start: int
     ) -> Tensor:
+        mask = mask_with_prompt(attention_mask, 0 if cache is None else cache.get_seq_length())
+        return self._decode(input_ids, mask, text_positions(attention_mask, start), cache)
+
+    def _decode(
+        self,
+        input_ids: Tensor,
+        mask: Tensor | dict[str, Tensor],
+        positions: Tensor,
+        cache: Cache | None,
+    ) -> Tensor:
         embeds = self.model.get_input_embeddings()(input_ids)
-        num_virtual_tokens = 0 if cache is None else cache.get_seq_length()
         recompute = self.spec.gradient_checkpointing and torch.is_grad_enabled()
         with _checkpointed(self.layers) if recompute else nullcontext():
             output = self.decoder(
                 # An auxiliary model shares bfloat16 embeddings under float32 layers.
                 inputs_embeds=embeds.to(self.dtype),
-                attention_mask=mask_with_prompt(attention_mask, num_virtual_tokens),
-                position_ids=text_positions(attention_mask, start),
+                attention_mask=mask,
+                position_ids=positions,
                 past_key_values=cache,
                 use_cache=False,
             )

@@ -124,7 +124,7 @@ def prompt_drift(runs: Runs) -> Figure | None:
     """Draw how far a round moved the server's prompt, relative to its norm."""
     traces = []
     for run, colour in _coloured(runs):
-        records = run.finished_records()
+        records = [record for record in run.finished_records() if record["relative_drift"]]
         x = [record["round"] for record in records]
         for part, (label, dash) in DRIFT.items():
             y = [record["relative_drift"][part] for record in records]

@@ -1,4 +1,4 @@
-"""Writes `rounds.jsonl`: who took part in a round, how the prompt moved, how alike updates were.
+"""Writes `rounds.jsonl`: who took part in a round, how the payload moved, how alike updates were.
 
 It only looks: nothing in a run depends on it. One line a round, appended when the round ends; a
 round that is repeated after a resume replaces its earlier line.
@@ -15,9 +15,12 @@ import torch
 from torch import Tensor
 
 from fedsp.callbacks import FederatedCallback
+from fedsp.payload import Payload, flatten
 from fedsp.state_files import write_text_atomically
 
-MAX_COMPARED = 32  # updates of a round that are held in memory and compared, the first ones
+MAX_COMPARED = 32  # updates of a round that are compared, the first ones
+MAX_HELD = 2**26  # numbers of all payloads that are kept in memory for it: 256 MiB
+_CHUNK = 2**20
 _DIGITS = 6
 
 
@@ -30,18 +33,25 @@ class RoundRecorder(FederatedCallback):
         self._record: dict[str, Any] = {}
         self._changes: dict[int, Tensor] = {}
         self._before = self._aggregate = torch.empty(0)
+        self._is_held = True
+        self._room = MAX_COMPARED
 
     def on_round_start(self, trainer: Any, round_idx: int, cohort: Sequence[int]) -> None:
         """Begin the record with the prompt that the round starts from."""
         if not self._trimmed:
             _keep_rounds_before(round_idx, trainer.folder.rounds)
             self._trimmed = True
-        self._before = self._aggregate = _server_prompt(trainer)
+        payload = trainer.server.payload()
+        parameters = sum(tensor.numel() for tensor in payload.values())
+        self._is_held = parameters <= MAX_HELD
+        self._room = min(MAX_COMPARED, MAX_HELD // max(parameters, 1))
+        if self._is_held:
+            self._before = self._aggregate = flatten(payload)
         self._changes = {}
         self._record = {
             "round": round_idx,
             "cohort": list(cohort),
-            "parameters": self._before.numel(),
+            "parameters": parameters,
             "clients": {},
             "rejected": {},
         }
@@ -56,46 +66,30 @@ class RoundRecorder(FederatedCallback):
         }
 
     def on_update_accepted(
-        self, trainer: Any, round_idx: int, client_id: int, update: Tensor, reference: Tensor
+        self, trainer: Any, round_idx: int, client_id: int, update: Payload, reference: Payload
     ) -> None:
         """Keep what the client changed, for as many clients as are compared."""
-        if len(self._changes) < MAX_COMPARED:
+        if len(self._changes) < self._room:
             self._changes[client_id] = flatten(update) - flatten(reference)
 
     def on_update_rejected(self, trainer: Any, round_idx: int, client_id: int, reason: str) -> None:
         """Note why."""
         self._record["rejected"][str(client_id)] = reason
 
-    def on_aggregate_end(self, trainer: Any, round_idx: int, prefix: Tensor) -> None:
+    def on_aggregate_end(self, trainer: Any, round_idx: int, payload: Payload) -> None:
         """Keep the aggregate, between the clients' part of the drift and the server's."""
-        self._aggregate = flatten(prefix)
+        if self._is_held:
+            self._aggregate = flatten(payload)
 
     def on_round_end(self, trainer: Any, round_idx: int, metrics: dict[str, float]) -> None:
         """Append the round's line."""
-        after = _server_prompt(trainer)
-        norm = self._before.norm()
-        steps = {
-            "total": after - self._before,
-            "clients": self._aggregate - self._before,
-            "server": after - self._aggregate,
-        }
-        drift = {name: step.norm() for name, step in steps.items()}
-        self._record["drift"] = {name: _plain(float(value)) for name, value in drift.items()}
-        self._record["relative_drift"] = {
-            name: _plain(float(value / norm)) for name, value in drift.items()
-        }
+        if self._is_held:
+            self._record |= _drift(self._before, self._aggregate, flatten(trainer.server.payload()))
+        else:
+            self._record |= {"drift": None, "relative_drift": None}
         self._record["similarity"] = similarity(self._changes)
         self._changes = {}
         _append(trainer.folder.rounds, self._record)
-
-
-def flatten(payload: Tensor) -> Tensor:
-    """Return all numbers of what travels as one vector in double precision, on the CPU.
-
-    Args:
-        payload: [L, 2, K, P, D] The soft prompt.
-    """
-    return payload.detach().flatten().to("cpu", torch.float64)
 
 
 def similarity(changes: dict[int, Tensor]) -> dict[str, Any]:
@@ -111,10 +105,12 @@ def similarity(changes: dict[int, Tensor]) -> dict[str, Any]:
     clients = list(changes)
     if not clients:
         return {"clients": [], "cosine": [], "mean": None}
-    stacked = torch.stack([changes[client] for client in clients])
+    chunks = zip(*(changes[client].split(_CHUNK) for client in clients), strict=True)
+    doubles = (torch.stack(chunk).double() for chunk in chunks)
+    products = sum((chunk @ chunk.T for chunk in doubles), torch.zeros(len(clients), len(clients)))
+    norms = products.diagonal().sqrt()
     # a zero change has no direction: 0 / 0 is NaN, which becomes None
-    unit = stacked / stacked.norm(dim=1, keepdim=True)
-    cosine = (unit @ unit.T).clamp(-1.0, 1.0)
+    cosine = (products / torch.outer(norms, norms)).clamp(-1.0, 1.0)
     pairs = cosine[tuple(torch.triu_indices(len(clients), len(clients), offset=1))]
     known = pairs[pairs.isfinite()]
     return {
@@ -124,8 +120,21 @@ def similarity(changes: dict[int, Tensor]) -> dict[str, Any]:
     }
 
 
-def _server_prompt(trainer: Any) -> Tensor:
-    return flatten(trainer.server.require_model()[1].prefix())
+def _drift(before: Tensor, aggregate: Tensor, after: Tensor) -> dict[str, Any]:
+    """Return the norms of a round's steps, and the same over the norm that it started from."""
+    steps = {"total": after - before, "clients": aggregate - before, "server": after - aggregate}
+    norms = {name: _norm(step) for name, step in steps.items()}
+    start = _norm(before)
+    return {
+        "drift": {name: _plain(value) for name, value in norms.items()},
+        "relative_drift": {
+            name: _plain(value / start) if start else None for name, value in norms.items()
+        },
+    }
+
+
+def _norm(vector: Tensor) -> float:
+    return float(torch.linalg.vector_norm(vector, dtype=torch.float64))
 
 
 def _plain(value: float) -> float | None:

@@ -23,14 +23,23 @@ from fedsp.export import export_adapter
 from fedsp.federation import Communication, Rules
 from fedsp.history import Evaluation, History
 from fedsp.ledger import Ledger, next_attempt
-from fedsp.opening import check_run, launch, make_fabric, open_federation, set_up_data
-from fedsp.phases import evaluate
+from fedsp.opening import (
+    check_completions,
+    check_run,
+    find_auxiliary,
+    launch,
+    make_fabric,
+    open_federation,
+    set_up_data,
+)
+from fedsp.payload import Payload
+from fedsp.phases import evaluate, evaluate_completions
 from fedsp.predictions import write_predictions
 from fedsp.progress import RichProgress
 from fedsp.round_recorder import RoundRecorder
 from fedsp.run_folder import RunFolder
 from fedsp.sampling import ClientSampler, UniformSampler
-from fedsp.scoring import Scores, score
+from fedsp.scoring import Scores, complete, score
 from fedsp.server import ServerModule
 from fedsp.state_files import write_text_atomically
 from fedsp.tracking import LoggerFactory, Tracker, csv_logger
@@ -205,9 +214,9 @@ class FederatedTrainer:
             return {}
         measured = self.measure(self.server, "selection")
         metrics = {f"server/val_{name}": value for name, value in measured.items()}
-        prefix = self.server.require_model()[1].prefix().cpu()
-        if self.history.offer(round_idx, metrics, prefix):
-            tree = {"federation": {"prefix": prefix}, "metrics": metrics}
+        payload = self.server.payload()
+        if self.history.offer(round_idx, metrics, payload):
+            tree = {"federation": {"payload": payload}, "metrics": metrics}
             self.checkpoints.save_best(tree, round_idx=round_idx + 1, config=self.config)
         return metrics
 
@@ -273,9 +282,9 @@ class FederatedTrainer:
                 initial prompt.
             max_new_tokens: Longest completion in tokens, at least 1.
         """
-        prefix = self._prefix_of(ckpt_path)
+        payload = self._payload_of(ckpt_path)
         self._launch(model, datamodule, "predict")
-        self._load(prefix)
+        self._load(payload)
         count = write_predictions(
             self.fabric,
             model,
@@ -303,10 +312,15 @@ class FederatedTrainer:
                 initial prompt.
             output_dir: Folder of the adapter; null writes `adapter` in the run folder.
         """
-        prefix = self._prefix_of(ckpt_path)
+        if model.deploy_auxiliary:
+            raise ValueError(
+                "`model.deploy_auxiliary` tunes the auxiliary model, which peft cannot load: only "
+                "what was tuned on the global model can be exported."
+            )
+        payload = self._payload_of(ckpt_path)
         self.server = model
         launch(self.fabric, model)
-        self._load(prefix)
+        self._load(payload)
         measured = self.folder.results if ckpt_path == "best" else None
         results = json.loads(measured.read_text()) if measured and measured.exists() else {}
         folder = self._export(results, Path(output_dir) if output_dir else self.folder.adapter)
@@ -321,12 +335,17 @@ class FederatedTrainer:
     def measure(self, server: ServerModule, split: str) -> dict[str, float]:
         """Measure a server's prompt on `selection` or `test`; see `fedsp.phases.evaluate`."""
         server.eval()
-        return self._evaluate(split, server.validation_step)
+        return self._evaluate(split, server.validation_step, server.predict_step)
 
     def measure_zero_shot(self, split: str) -> dict[str, float]:
         """Measure the global model without a prompt on `selection` or `test`."""
-        backbone = self.server.require_model()[0]
-        return self._evaluate(split, lambda batch, _: score(backbone, batch, None))
+        tokenizer = self.server.tokenizer
+        with self.server.as_delivered() as model:
+
+            def complete_batch(batch: dict[str, Tensor], _: int, **options: Any) -> list[str]:
+                return complete(model, tokenizer, batch, None, **options)
+
+            return self._evaluate(split, lambda batch, _: score(model, batch, None), complete_batch)
 
     # --- opening and closing ----------------------------------------------------------------------
 
@@ -338,8 +357,9 @@ class FederatedTrainer:
 
     def _claim_folder(self, client: ClientModule) -> None:
         """Make the last checks, then create the run's files: from here on a run can be resumed."""
-        self.sampler.cohort(self.data.num_clients, seed=self.seed, round_idx=0)
-        check_run(self.server, client, self.data, self.history.evaluation.monitor)
+        cohort = self.sampler.cohort(self.data.num_clients, seed=self.seed, round_idx=0)
+        evaluation = self.history.evaluation
+        check_run(self.server, client, self.data, cohort=cohort, evaluation=evaluation)
         # a logger that is not installed must leave no folder behind that looks like a run
         self.tracker = Tracker(self.loggers, self.folder.path)
         self.folder.create(self.config_text)
@@ -370,7 +390,7 @@ class FederatedTrainer:
         best = self.history.best
         results: dict[str, Any] = {"selection": {"zero_shot": self.history.zero_shot}}
         if best is not None:
-            self._load(best.prefix)
+            self.server.load_payload(best.payload)
             results["selection"]["best"] = {
                 "round": best.round_idx,
                 self.history.evaluation.monitor: best.value,
@@ -383,16 +403,21 @@ class FederatedTrainer:
         self.call("on_test_end", results)
         results["rounds"] = self.history.rounds
         write_text_atomically(self.folder.results, json.dumps(results, indent=2) + "\n")
-        if self.federation.contract.shape[3]:
-            try:
+        try:
+            if self.server.is_exportable:
                 self._export(results, self.folder.adapter)
-            except ValueError as error:  # a long training must not fail for the adapter's sake
-                warnings.warn(f"no adapter is written: {error}", stacklevel=2)
+        except ValueError as error:  # a long training must not fail for the adapter's sake
+            warnings.warn(f"no adapter is written: {error}", stacklevel=2)
         self.call("on_fit_end", results)
 
     def _export(self, results: dict[str, Any], folder: Path) -> Path:
         backbone, prompt = self.server.require_model()
         base_model = self.server.backbone_spec.name_or_path
+        if self.server.tuned_weights is not None:
+            folder.mkdir(parents=True, exist_ok=True)
+            self.server.tuned_weights.export(self.server.weights(), backbone, folder, base_model)
+            if not prompt.num_virtual_tokens:
+                return folder
         figures = {name: value for name, value in results.items() if name in ("selection", "test")}
         return export_adapter(
             prompt.prefix(), backbone, folder, base_model=base_model, results=figures
@@ -401,18 +426,31 @@ class FederatedTrainer:
     def _measure_run(
         self, server: ServerModule, data: FederatedDataModule, split: str, ckpt_path: str | None
     ) -> dict[str, float]:
-        prefix = self._prefix_of(ckpt_path)
+        payload = self._payload_of(ckpt_path)
         self._launch(server, data, split)
-        self._load(prefix)
+        check_completions(data, split, self.history.evaluation)
+        self._load(payload)
         metrics = self.measure(server, split)
         self.fabric.print(json.dumps({split: metrics}, indent=2))
         return metrics
 
-    def _evaluate(self, split: str, score_batch: ScoreBatch) -> dict[str, float]:
+    def _evaluate(
+        self, split: str, score_batch: ScoreBatch, complete_batch: Callable[..., list[str]]
+    ) -> dict[str, float]:
         loader = {"selection": self.data.val_dataloader, "test": self.data.test_dataloader}[split]()
-        self.call("on_evaluation_start", split, len(loader))
+        new_tokens = self.history.evaluation.generate_tokens
+        prompts: Any = self.data.prompt_dataloader(split, new_tokens) if new_tokens else []
+        self.call("on_evaluation_start", split, len(loader) + len(prompts))
         on_step = partial(self.call, "on_evaluation_step")
         metrics = evaluate(self.fabric, score_batch, loader, on_step=on_step)
+        if new_tokens:
+            metrics |= evaluate_completions(
+                self.fabric,
+                partial(complete_batch, max_new_tokens=new_tokens),
+                prompts,
+                lambda row: self.data.task.references_of(self.data.raw_row(row, split)),
+                on_step=lambda step: on_step(len(loader) + step),
+            )
         self.call("on_evaluation_end", split, metrics)
         return metrics
 
@@ -457,15 +495,17 @@ class FederatedTrainer:
         config = self.config or None
         return self.checkpoints.load(ckpt_path, config=config, ignore=RESUME_IGNORES)
 
-    def _prefix_of(self, ckpt_path: str | None) -> Tensor | None:
+    def _payload_of(self, ckpt_path: str | None) -> Payload | None:
         if ckpt_path is None:
             return None
-        prefix: Tensor = self.checkpoints.load(ckpt_path).tree["federation"]["prefix"]
-        return prefix
+        payload: Payload = self.checkpoints.load(ckpt_path).tree["federation"]["payload"]
+        return payload
 
-    def _load(self, prefix: Tensor | None) -> None:
-        if prefix is not None:
-            self.server.require_model()[1].load_prefix(prefix)
+    def _load(self, payload: Payload | None) -> None:
+        auxiliary = find_auxiliary(self) if self.server.deploy_auxiliary else None
+        self.server.start_tuning(auxiliary)
+        if payload is not None:
+            self.server.load_payload(payload)
 
 
 def _as_list(value: Any) -> list[Any]:
