@@ -335,8 +335,10 @@ def test_the_hooks_of_a_round_come_in_order(tmp_path: Path) -> None:
     assert [call[:3] for call in calls.made[:4]] == [
         ("on_client_start", 3, 2),
         ("on_client_end", 3, 2),
+        ("on_update_accepted", 3, 2),
         ("on_client_start", 3, 0),
         ("on_client_end", 3, 0),
+        ("on_update_accepted", 3, 0),
     ]
     assert calls.names()[4:] == [
         "on_aggregate_end",

@@ -1,10 +1,12 @@
-"""Entry of `fedsp` and `python -m fedsp`: help at once, everything else through `cli`."""
+"""Entry of `fedsp` and `python -m fedsp`: help at once, the rest through the two command lines."""
 
 import sys
 from importlib.metadata import version
 
 HELP = """\
 usage: fedsp {fit,validate,test,predict,export} --config FILE [--config FILE ...] [--OPTION VALUE]
+       fedsp report RUN_DIR [RUN_DIR ...] [--output FILE]
+       fedsp compare --config FILE --methods NAME [NAME ...] --seeds N [N ...] [--OPTION VALUE]
 
 Federated learning in which only tunable soft prompts travel.
 
@@ -14,6 +16,8 @@ commands:
   test      Measure a run's prompt on the test split.
   predict   Write completions of the test split's prompts to `predictions.jsonl` in the run folder.
   export    Write a run's prompt as a peft PREFIX_TUNING adapter with a model card.
+  report    Write one HTML page about a run, or about several beside each other.
+  compare   Run methods with seeds, one after the other, and compare them; goes on where it stopped.
 
   fedsp COMMAND --help           every option with its meaning and default
   fedsp COMMAND --print_config   the configuration that would run
@@ -32,6 +36,11 @@ def main() -> None:
         print(f"fedsp {version('fedsp')}")
         return
     # torch, lightning and transformers take seconds to import; help must not wait for them
+    if arguments[0] in ("report", "compare"):
+        from fedsp.report_commands import main as run_report
+
+        run_report(arguments)
+        return
     from fedsp.cli import main as run
 
     run()

@@ -46,6 +46,11 @@ class FederatedCallback:
     ) -> None:
         """A client's answer is in; `stages` maps a stage to its `StageResult`."""
 
+    def on_update_accepted(
+        self, trainer: Any, round_idx: int, client_id: int, update: Payload, reference: Payload
+    ) -> None:
+        """An update goes into the aggregate; `reference` is the broadcast that it started from."""
+
     def on_update_rejected(self, trainer: Any, round_idx: int, client_id: int, reason: str) -> None:
         """An update was left out of the aggregate."""
 

@@ -142,18 +142,19 @@ class Federation:
             call("on_client_end", round_idx, reply.client_id, reply.stages)
             replies.append(Reply(reply.client_id, b"", reply.stages))
             try:
-                aggregator.add(
-                    decode_update(
-                        reply.data,
-                        self.contract,
-                        reference=reference,
-                        round_idx=round_idx,
-                        client_id=reply.client_id,
-                    )
+                update = decode_update(
+                    reply.data,
+                    self.contract,
+                    reference=reference,
+                    round_idx=round_idx,
+                    client_id=reply.client_id,
                 )
             except RejectedUpdate as reason:
                 rejected += 1
                 call("on_update_rejected", round_idx, reply.client_id, str(reason))
+            else:
+                aggregator.add(update)
+                call("on_update_accepted", round_idx, reply.client_id, update.payload, reference)
         if len(replies) - rejected >= self.rules.communication.min_updates:
             # what rounding for the wire took off the payload is no client's doing: it stays
             aggregate = add(aggregator.result(), subtract(self.broadcast, reference))

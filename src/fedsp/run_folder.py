@@ -36,6 +36,7 @@ class RunFolder:
         self.checkpoints = self.path / "checkpoints"
         self.clients = self.path / "clients"
         self.ledger = self.path / "ledger.jsonl"
+        self.rounds = self.path / "rounds.jsonl"
         self.metrics = self.path / "csv" / "metrics.csv"
         self.adapter = self.path / "adapter"
         self.results = self.path / "results.json"

@@ -36,6 +36,7 @@ from fedsp.payload import Payload
 from fedsp.phases import evaluate, evaluate_completions
 from fedsp.predictions import write_predictions
 from fedsp.progress import RichProgress
+from fedsp.round_recorder import RoundRecorder
 from fedsp.run_folder import RunFolder
 from fedsp.sampling import ClientSampler, UniformSampler
 from fedsp.scoring import Scores, complete, score
@@ -128,7 +129,8 @@ class FederatedTrainer:
         ):
             if number < 0:
                 raise ValueError(f"`trainer.{name}` must be at least 0, got {number}.")
-        self.callbacks = [*_as_list(callbacks), *([RichProgress()] if enable_progress_bar else [])]
+        shown = [RichProgress()] if enable_progress_bar else []
+        self.callbacks = [*_as_list(callbacks), RoundRecorder(), *shown]
         self.fabric = make_fabric(
             {
                 "accelerator": accelerator,
