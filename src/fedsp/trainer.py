@@ -15,12 +15,14 @@ from lightning.pytorch.cli import OptimizerCallable
 from torch import Tensor
 
 from fedsp.aggregation import Aggregator, ServerOptimizer, StreamingMean
+from fedsp.backbone import Backbone
 from fedsp.callbacks import FederatedCallback
 from fedsp.checkpoint import Checkpoints, RunState
 from fedsp.client import ClientModule
 from fedsp.data import FederatedDataModule
 from fedsp.export import export_adapter
 from fedsp.federation import Communication, Rules
+from fedsp.harness import Harness, find_tasks, run_harness, write_harness
 from fedsp.history import Evaluation, History
 from fedsp.ledger import Ledger, next_attempt
 from fedsp.opening import (
@@ -33,6 +35,8 @@ from fedsp.opening import (
 )
 from fedsp.phases import evaluate, evaluate_completions
 from fedsp.predictions import write_predictions
+from fedsp.preparation import check_handed_out
+from fedsp.privacy_report import report_privacy
 from fedsp.progress import RichProgress
 from fedsp.run_folder import RunFolder
 from fedsp.sampling import ClientSampler, UniformSampler
@@ -245,8 +249,10 @@ class FederatedTrainer:
         client: ClientModule,
         datamodule: FederatedDataModule,
         ckpt_path: str | None = "best",
+        harness: Harness | None = None,
+        privacy: bool = False,
     ) -> dict[str, float]:
-        """Measure a run's prompt on the test split.
+        """Measure a run's prompt on the test split, and in other ways where asked.
 
         Args:
             model: The server.
@@ -254,11 +260,25 @@ class FederatedTrainer:
             datamodule: Every party's data.
             ckpt_path: `best` or `last` of `trainer.run_dir`, a checkpoint file, or null for the
                 initial prompt.
+            harness: What lm-evaluation-harness runs on the global model with the prompt; its
+                figures are written to `harness.json` in the run folder. Null: nothing.
+            privacy: Also measure how much of the global model's worth the clients were given
+                (docs/privacy.md), and write it to `privacy.json` in the run folder.
 
         Returns:
             Metrics by name.
         """
-        return self._measure_run(model, datamodule, "test", ckpt_path)
+        manager = find_tasks(harness) if harness is not None else None
+        if privacy:
+            check_handed_out(self.folder.auxiliary)
+        metrics = self._measure_run(model, datamodule, "test", ckpt_path)
+        if privacy:
+            report_privacy(self)
+        if harness is not None:
+            results = run_harness(self.fabric, model, harness, manager)
+            folder = self.folder
+            self.fabric.print(write_harness(results, folder.harness, folder.harness_samples))
+        return metrics
 
     def predict(
         self,
@@ -336,6 +356,15 @@ class FederatedTrainer:
             return complete(backbone, tokenizer, batch, None, **options)
 
         return self._evaluate(split, lambda batch, _: score(backbone, batch, None), complete_batch)
+
+    def measure_model(
+        self, backbone: Backbone, prefix: Tensor | None, split: str
+    ) -> dict[str, float]:
+        """Measure any model with a prefix of its own depth on `selection` or `test`.
+
+        Nothing is written: an auxiliary model of two number formats cannot.
+        """
+        return self._evaluate(split, lambda batch, _: score(backbone, batch, prefix), None)
 
     # --- opening and closing ----------------------------------------------------------------------
 
@@ -419,15 +448,15 @@ class FederatedTrainer:
         return metrics
 
     def _evaluate(
-        self, split: str, score_batch: ScoreBatch, complete_batch: Callable[..., list[str]]
+        self, split: str, score_batch: ScoreBatch, complete_batch: Callable[..., list[str]] | None
     ) -> dict[str, float]:
         loader = {"selection": self.data.val_dataloader, "test": self.data.test_dataloader}[split]()
-        new_tokens = self.history.evaluation.generate_tokens
+        new_tokens = self.history.evaluation.generate_tokens if complete_batch else 0
         prompts: Any = self.data.prompt_dataloader(split, new_tokens) if new_tokens else []
         self.call("on_evaluation_start", split, len(loader) + len(prompts))
         on_step = partial(self.call, "on_evaluation_step")
         metrics = evaluate(self.fabric, score_batch, loader, on_step=on_step)
-        if new_tokens:
+        if complete_batch is not None and new_tokens:
             metrics |= evaluate_completions(
                 self.fabric,
                 partial(complete_batch, max_new_tokens=new_tokens),
