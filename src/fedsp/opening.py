@@ -11,6 +11,7 @@ from lightning.fabric.utilities.exceptions import MisconfigurationException
 from fedsp.client import ClientModule
 from fedsp.client_state import ClientStateStore
 from fedsp.data import FederatedDataModule
+from fedsp.evaluation import check_completions
 from fedsp.executors import InProcessExecutor, Simulation
 from fedsp.federation import Federation
 from fedsp.history import Evaluation
@@ -118,16 +119,6 @@ def check_run(
     backbone, prompt = server.require_model()
     server.auxiliary_recipe.check(backbone.kv_shape.num_layers)
     server.initialize_prompt(data.sample_ids(prompt.num_virtual_tokens))
-
-
-def check_completions(data: FederatedDataModule, split: str, evaluation: Evaluation) -> None:
-    """Make sure that completions can be written for a split where they are wanted.
-
-    Raises:
-        ValueError: If the task has no prompts, or they leave too few positions.
-    """
-    if evaluation.generate_tokens and data.num_examples(split):
-        data.prompt_dataloader(split, evaluation.generate_tokens)
 
 
 def open_federation(trainer: Any, client: ClientModule) -> Federation:

@@ -18,6 +18,7 @@ from torch import Tensor
 
 from fedsp.callbacks import FederatedCallback
 from fedsp.display import human_count, human_loss, human_share
+from fedsp.evaluation import measure_split, model_subject
 from fedsp.preparation import handed_out
 from fedsp.soft_prompt import gather_layers
 from fedsp.state_files import write_text_atomically
@@ -133,7 +134,8 @@ def measure_privacy(trainer: Any) -> dict[str, Any]:
         "auxiliary": (auxiliary.backbone, None),
     }
     metrics = {
-        name: trainer.measure_model(model, side_prefix, "test")
+        # nothing is written: an auxiliary model of two number formats cannot
+        name: measure_split(trainer, model_subject(model, side_prefix), "test")
         for name, (model, side_prefix) in sides.items()
     }
     guessing = {"loss": math.log(backbone.vocab_size)}

@@ -3,8 +3,6 @@
 import json
 import time
 import warnings
-from collections.abc import Callable
-from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -15,32 +13,23 @@ from lightning.pytorch.cli import OptimizerCallable
 from torch import Tensor
 
 from fedsp.aggregation import Aggregator, ServerOptimizer, StreamingMean
-from fedsp.backbone import Backbone
 from fedsp.callbacks import FederatedCallback
 from fedsp.checkpoint import Checkpoints, RunState
 from fedsp.client import ClientModule
 from fedsp.data import FederatedDataModule
+from fedsp.evaluation import Subject, check_completions, measure_split, model_subject
 from fedsp.export import export_adapter
 from fedsp.federation import Communication, Rules
 from fedsp.harness import Harness, find_tasks, run_harness, write_harness
 from fedsp.history import Evaluation, History
 from fedsp.ledger import Ledger, next_attempt
-from fedsp.opening import (
-    check_completions,
-    check_run,
-    launch,
-    make_fabric,
-    open_federation,
-    set_up_data,
-)
-from fedsp.phases import evaluate, evaluate_completions
+from fedsp.opening import check_run, launch, make_fabric, open_federation, set_up_data
 from fedsp.predictions import write_predictions
 from fedsp.preparation import check_handed_out
 from fedsp.privacy_report import report_privacy
 from fedsp.progress import RichProgress
 from fedsp.run_folder import RunFolder
 from fedsp.sampling import ClientSampler, UniformSampler
-from fedsp.scoring import Scores, complete, score
 from fedsp.server import ServerModule
 from fedsp.state_files import write_text_atomically
 from fedsp.tracking import LoggerFactory, Tracker, csv_logger
@@ -60,7 +49,6 @@ RESUME_IGNORES = (
     "config",
 )
 Plugin = Precision | ClusterEnvironment | CheckpointIO
-ScoreBatch = Callable[[dict[str, Tensor], int], Scores]
 
 
 class FederatedTrainer:
@@ -344,27 +332,14 @@ class FederatedTrainer:
         self.fabric.call(hook, self, *args)
 
     def measure(self, server: ServerModule, split: str) -> dict[str, float]:
-        """Measure a server's prompt on `selection` or `test`; see `fedsp.phases.evaluate`."""
+        """Measure a server's prompt on `selection` or `test`; see `fedsp.evaluation`."""
         server.eval()
-        return self._evaluate(split, server.validation_step, server.predict_step)
+        return measure_split(self, Subject(server.validation_step, server.predict_step), split)
 
     def measure_zero_shot(self, split: str) -> dict[str, float]:
         """Measure the global model without a prompt on `selection` or `test`."""
-        backbone, tokenizer = self.server.require_model()[0], self.server.tokenizer
-
-        def complete_batch(batch: dict[str, Tensor], batch_idx: int, **options: Any) -> list[str]:
-            return complete(backbone, tokenizer, batch, None, **options)
-
-        return self._evaluate(split, lambda batch, _: score(backbone, batch, None), complete_batch)
-
-    def measure_model(
-        self, backbone: Backbone, prefix: Tensor | None, split: str
-    ) -> dict[str, float]:
-        """Measure any model with a prefix of its own depth on `selection` or `test`.
-
-        Nothing is written: an auxiliary model of two number formats cannot.
-        """
-        return self._evaluate(split, lambda batch, _: score(backbone, batch, prefix), None)
+        backbone = self.server.require_model()[0]
+        return measure_split(self, model_subject(backbone, None, self.server.tokenizer), split)
 
     # --- opening and closing ----------------------------------------------------------------------
 
@@ -445,26 +420,6 @@ class FederatedTrainer:
         self._load(prefix)
         metrics = self.measure(server, split)
         self.fabric.print(json.dumps({split: metrics}, indent=2))
-        return metrics
-
-    def _evaluate(
-        self, split: str, score_batch: ScoreBatch, complete_batch: Callable[..., list[str]] | None
-    ) -> dict[str, float]:
-        loader = {"selection": self.data.val_dataloader, "test": self.data.test_dataloader}[split]()
-        new_tokens = self.history.evaluation.generate_tokens if complete_batch else 0
-        prompts: Any = self.data.prompt_dataloader(split, new_tokens) if new_tokens else []
-        self.call("on_evaluation_start", split, len(loader) + len(prompts))
-        on_step = partial(self.call, "on_evaluation_step")
-        metrics = evaluate(self.fabric, score_batch, loader, on_step=on_step)
-        if complete_batch is not None and new_tokens:
-            metrics |= evaluate_completions(
-                self.fabric,
-                partial(complete_batch, max_new_tokens=new_tokens),
-                prompts,
-                lambda row: self.data.task.references_of(self.data.raw_row(row, split)),
-                on_step=lambda step: on_step(len(loader) + step),
-            )
-        self.call("on_evaluation_end", split, metrics)
         return metrics
 
     # --- checkpoints ------------------------------------------------------------------------------
