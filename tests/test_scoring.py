@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from families import FAMILIES, WITH_KERNELS, peft_model, random_prefix, tiny_backbone
+from fedsp.auxiliary import KeptLayers
 from fedsp.backbone import Backbone
 from fedsp.collate import collate_choices
 from fedsp.examples import Example
@@ -133,3 +134,15 @@ def test_an_answer_of_many_tokens_gives_one_loss_each() -> None:
     scores = score(tiny_backbone("gpt2"), collate_choices(QUESTIONS, pad_id=0), None)
     assert scores["token_losses"].shape == (3 + 2 + 2 + 2,)
     assert scores["log_likelihood"].shape == (8,)
+
+
+@pytest.mark.parametrize("layers", [[0, 2], [1, 3], [0, 1, 3]])
+@torch.no_grad()
+def test_a_model_of_some_of_the_layers_keeps_their_windows(layers: list[int]) -> None:
+    """Of Gemma 3's layers the even ones slide and the odd ones do not."""
+    auxiliary = KeptLayers(layers=layers).build(tiny_backbone("gemma3_text")).backbone
+    prefix = random_prefix(auxiliary)
+    losses, sums = expected_scores(own_logits(auxiliary, prefix))
+    scores = score(auxiliary, collate_choices(QUESTIONS, pad_id=0), prefix)
+    torch.testing.assert_close(scores["log_likelihood"], sums, atol=2e-4, rtol=1e-5)
+    torch.testing.assert_close(scores["token_losses"], losses, atol=2e-4, rtol=1e-5)

@@ -6,19 +6,17 @@ Axis letters: B batch, T text tokens, P virtual tokens, L layers, K key/value he
 E embedding size, V vocabulary, N label positions.
 """
 
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager, nullcontext
-from functools import partial
+from collections.abc import Mapping
+from contextlib import nullcontext
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel
 from transformers.cache_utils import Cache, DynamicCache, DynamicLayer
 
-from fedsp.choice_tree import additive_mask, depths, predecessors, seen_text
+from fedsp.choice_tree import depths, predecessors, seen_text, tree_masks
 from fedsp.positions import mask_with_prompt, padding_to_the_right, rotate, text_positions
 from fedsp.pretrained import (
     NAME_OPTION,
@@ -31,6 +29,7 @@ from fedsp.pretrained import (
     resolve,
     text_option,
 )
+from fedsp.recompute import recomputed
 from fedsp.seeding import isolated_rng
 
 __all__ = ["Backbone", "BackboneSpec", "KVShape", "load_backbone", "load_tokenizer", "resolve"]
@@ -330,16 +329,13 @@ class Backbone(nn.Module):
         """Run rows in which every token sees what `seen` [B, T, T] says, and the whole prompt."""
         positions = depths(seen) + self._start(prefix)
         self._check_length(int(positions.max()) + 1)
-        num_virtual_tokens = 0 if prefix is None else prefix.shape[3]
-        window = text_option(self.model, "sliding_window")
-        windows = {"full_attention": None, "sliding_attention": window}
-        kinds = set(text_option(self.model, "layer_types") or ["sliding_attention"])
-        masks = {
-            kind: additive_mask(seen, num_virtual_tokens, windows[kind], self.dtype)
-            for kind in kinds
-        }
-        # models with layers of both kinds take a mask for each, the others one for all
-        mask = masks if len(masks) > 1 else masks.popitem()[1]
+        mask = tree_masks(
+            seen,
+            0 if prefix is None else prefix.shape[3],
+            layer_types=text_option(self.model, "layer_types"),
+            window=text_option(self.model, "sliding_window"),
+            dtype=self.dtype,
+        )
         return self._decode(input_ids, mask, positions, self._read_only_cache(prefix))
 
     def _run(
@@ -357,7 +353,7 @@ class Backbone(nn.Module):
     ) -> Tensor:
         embeds = self.model.get_input_embeddings()(input_ids)
         recompute = self.spec.gradient_checkpointing and torch.is_grad_enabled()
-        with _checkpointed(self.layers) if recompute else nullcontext():
+        with recomputed(self.layers) if recompute else nullcontext():
             output = self.decoder(
                 # An auxiliary model shares bfloat16 embeddings under float32 layers.
                 inputs_embeds=embeds.to(self.dtype),
@@ -447,25 +443,6 @@ class _PrefixLayer(DynamicLayer):
             for prefix, new in zip(self._prefix, (key_states, value_states), strict=True)
         )
         return keys, values
-
-
-@contextmanager
-def _checkpointed(layers: nn.ModuleList) -> Iterator[None]:
-    """Recompute every layer in the backward pass of what is run inside.
-
-    transformers' own switch takes the prompt away from the layers; see docs/footguns.md#22.
-    `forward` is wrapped and not `__call__`, so that the hooks of sharding stay outside.
-    """
-    before = [(layer.__dict__, layer.__dict__.get("forward")) for layer in layers]
-    try:
-        for layer in layers:
-            layer.__dict__["forward"] = partial(checkpoint, layer.forward, use_reentrant=False)
-        yield
-    finally:
-        for attributes, forward in before:
-            attributes.pop("forward", None)
-            if forward is not None:
-                attributes["forward"] = forward
 
 
 def _close(got: Tensor, expected: Tensor, dtype: torch.dtype) -> bool:

@@ -7,6 +7,8 @@ branches are the choices, and every token is computed as if its choice were the 
 Axis letters: B questions, T text tokens, P virtual tokens, S = P + T.
 """
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
@@ -82,3 +84,29 @@ def additive_mask(
         allowed &= text[:, :, None] - places[:, None, :] < window
     mask = torch.zeros(allowed.shape, dtype=dtype, device=seen.device)
     return mask.masked_fill(~allowed, torch.finfo(dtype).min)[:, None]
+
+
+def tree_masks(
+    seen: Tensor,
+    num_virtual_tokens: int,
+    *,
+    layer_types: Sequence[str] | None,
+    window: int | None,
+    dtype: torch.dtype,
+) -> Tensor | dict[str, Tensor]:
+    """Make the masks of all layers, as transformers' decoders take them.
+
+    Args:
+        seen: [B, T, T] bool, as `seen_text` returns it.
+        num_virtual_tokens: P.
+        layer_types: Kind of each layer; None where all are alike.
+        window: Sliding window of the layers that have one; None: no layer has.
+        dtype: That of the scores.
+
+    Returns:
+        A mask [B, 1, T, S] where all layers are alike, else one for each kind of layer.
+    """
+    windows = {"full_attention": None, "sliding_attention": window}
+    kinds = set(layer_types or ["sliding_attention"])
+    masks = {kind: additive_mask(seen, num_virtual_tokens, windows[kind], dtype) for kind in kinds}
+    return masks if len(masks) > 1 else masks.popitem()[1]

@@ -295,6 +295,11 @@ class FederatedDataModule(LightningDataModule):
         """Whether some example of an existing split has several completions to choose from."""
         return any(len(example.completions) > 1 for example in self._existing(split).store)
 
+    def chance(self, split: str) -> float:
+        """Return the accuracy of guessing among the choices of an existing split's examples."""
+        shares = [1 / len(example.completions) for example in self._existing(split).store]
+        return sum(shares) / len(shares)
+
     def fingerprint(self, split: str) -> str:
         """Return a hash of an existing split's token ids, for artefacts that depend on them."""
         return self._existing(split).store.digest()

@@ -9,10 +9,10 @@ from typing import Any
 from lightning.fabric import Fabric
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 
-from fedsp.auxiliary import Auxiliary
 from fedsp.client import ClientModule
 from fedsp.client_state import ClientStateStore
 from fedsp.data import FederatedDataModule
+from fedsp.evaluation import check_completions
 from fedsp.executors import InProcessExecutor, Simulation
 from fedsp.federation import Federation
 from fedsp.history import Evaluation
@@ -151,28 +151,6 @@ def _check_method(
                 f"`{option}` must be 0 for `model.auxiliary` {type(recipe).__name__}, which has no "
                 f"weights of its own to train, got {steps}."
             )
-
-
-def check_completions(data: FederatedDataModule, split: str, evaluation: Evaluation) -> None:
-    """Make sure that completions can be written for a split where they are wanted.
-
-    Raises:
-        ValueError: If the task has no prompts, or they leave too few positions.
-    """
-    if evaluation.generate_tokens and data.num_examples(split):
-        data.prompt_dataloader(split, evaluation.generate_tokens)
-
-
-def find_auxiliary(trainer: Any) -> Auxiliary:
-    """Return the auxiliary model of a run that has been opened before, or make it anew.
-
-    Args:
-        trainer: As for `open_federation`, with server and data set up.
-    """
-    made = prepare_auxiliary(
-        trainer.fabric, trainer.server, trainer.data, kept=trainer.folder.auxiliary, trainer=trainer
-    )
-    return made.auxiliary
 
 
 def open_federation(trainer: Any, client: ClientModule) -> Federation:

@@ -40,6 +40,9 @@ class RunFolder:
         self.metrics = self.path / "csv" / "metrics.csv"
         self.adapter = self.path / "adapter"
         self.results = self.path / "results.json"
+        self.harness = self.path / "harness.json"
+        self.harness_samples = self.path / "harness_samples.jsonl"
+        self.privacy = self.path / "privacy.json"
         self.predictions = self.path / "predictions.jsonl"
 
     def check(self, *, resume: bool) -> None:

@@ -3,8 +3,6 @@
 import json
 import time
 import warnings
-from collections.abc import Callable
-from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -12,34 +10,27 @@ from lightning.fabric.accelerators import Accelerator
 from lightning.fabric.plugins import CheckpointIO, ClusterEnvironment, Precision
 from lightning.fabric.strategies import Strategy
 from lightning.pytorch.cli import OptimizerCallable
-from torch import Tensor
 
 from fedsp.aggregation import Aggregator, ServerOptimizer, StreamingMean
 from fedsp.callbacks import FederatedCallback
 from fedsp.checkpoint import Checkpoints, RunState
 from fedsp.client import ClientModule
 from fedsp.data import FederatedDataModule
+from fedsp.evaluation import Subject, check_completions, measure_split, model_subject
 from fedsp.export import export_adapter
 from fedsp.federation import Communication, Rules
+from fedsp.harness import Harness, find_tasks, run_harness, write_harness
 from fedsp.history import Evaluation, History
 from fedsp.ledger import Ledger, next_attempt
-from fedsp.opening import (
-    check_completions,
-    check_run,
-    find_auxiliary,
-    launch,
-    make_fabric,
-    open_federation,
-    set_up_data,
-)
+from fedsp.opening import check_run, launch, make_fabric, open_federation, set_up_data
 from fedsp.payload import Payload
-from fedsp.phases import evaluate, evaluate_completions
 from fedsp.predictions import write_predictions
+from fedsp.preparation import check_handed_out, handed_out
+from fedsp.privacy_report import report_privacy
 from fedsp.progress import RichProgress
 from fedsp.round_recorder import RoundRecorder
 from fedsp.run_folder import RunFolder
 from fedsp.sampling import ClientSampler, UniformSampler
-from fedsp.scoring import Scores, complete, score
 from fedsp.server import ServerModule
 from fedsp.state_files import write_text_atomically
 from fedsp.tracking import LoggerFactory, Tracker, csv_logger
@@ -59,7 +50,6 @@ RESUME_IGNORES = (
     "config",
 )
 Plugin = Precision | ClusterEnvironment | CheckpointIO
-ScoreBatch = Callable[[dict[str, Tensor], int], Scores]
 
 
 class FederatedTrainer:
@@ -249,8 +239,10 @@ class FederatedTrainer:
         client: ClientModule,
         datamodule: FederatedDataModule,
         ckpt_path: str | None = "best",
+        harness: Harness | None = None,
+        privacy: bool = False,
     ) -> dict[str, float]:
-        """Measure a run's prompt on the test split.
+        """Measure a run's prompt on the test split, and in other ways where asked.
 
         Args:
             model: The server.
@@ -258,11 +250,25 @@ class FederatedTrainer:
             datamodule: Every party's data.
             ckpt_path: `best` or `last` of `trainer.run_dir`, a checkpoint file, or null for the
                 initial prompt.
+            harness: What lm-evaluation-harness runs on the global model with the prompt; its
+                figures are written to `harness.json` in the run folder. Null: nothing.
+            privacy: Also measure how much of the global model's worth the clients were given
+                (docs/privacy.md), and write it to `privacy.json` in the run folder.
 
         Returns:
             Metrics by name.
         """
-        return self._measure_run(model, datamodule, "test", ckpt_path)
+        manager = find_tasks(harness) if harness is not None else None
+        if privacy:
+            check_handed_out(self.folder.auxiliary)
+        metrics = self._measure_run(model, datamodule, "test", ckpt_path)
+        if privacy:
+            report_privacy(self)
+        if harness is not None:
+            results = run_harness(self.fabric, model, harness, manager)
+            folder = self.folder
+            self.fabric.print(write_harness(results, folder.harness, folder.harness_samples))
+        return metrics
 
     def predict(
         self,
@@ -333,19 +339,14 @@ class FederatedTrainer:
         self.fabric.call(hook, self, *args)
 
     def measure(self, server: ServerModule, split: str) -> dict[str, float]:
-        """Measure a server's prompt on `selection` or `test`; see `fedsp.phases.evaluate`."""
+        """Measure a server's prompt on `selection` or `test`; see `fedsp.evaluation`."""
         server.eval()
-        return self._evaluate(split, server.validation_step, server.predict_step)
+        return measure_split(self, Subject(server.validation_step, server.predict_step), split)
 
     def measure_zero_shot(self, split: str) -> dict[str, float]:
         """Measure the global model without a prompt on `selection` or `test`."""
-        tokenizer = self.server.tokenizer
         with self.server.as_delivered() as model:
-
-            def complete_batch(batch: dict[str, Tensor], _: int, **options: Any) -> list[str]:
-                return complete(model, tokenizer, batch, None, **options)
-
-            return self._evaluate(split, lambda batch, _: score(model, batch, None), complete_batch)
+            return measure_split(self, model_subject(model, None, self.server.tokenizer), split)
 
     # --- opening and closing ----------------------------------------------------------------------
 
@@ -434,26 +435,6 @@ class FederatedTrainer:
         self.fabric.print(json.dumps({split: metrics}, indent=2))
         return metrics
 
-    def _evaluate(
-        self, split: str, score_batch: ScoreBatch, complete_batch: Callable[..., list[str]]
-    ) -> dict[str, float]:
-        loader = {"selection": self.data.val_dataloader, "test": self.data.test_dataloader}[split]()
-        new_tokens = self.history.evaluation.generate_tokens
-        prompts: Any = self.data.prompt_dataloader(split, new_tokens) if new_tokens else []
-        self.call("on_evaluation_start", split, len(loader) + len(prompts))
-        on_step = partial(self.call, "on_evaluation_step")
-        metrics = evaluate(self.fabric, score_batch, loader, on_step=on_step)
-        if new_tokens:
-            metrics |= evaluate_completions(
-                self.fabric,
-                partial(complete_batch, max_new_tokens=new_tokens),
-                prompts,
-                lambda row: self.data.task.references_of(self.data.raw_row(row, split)),
-                on_step=lambda step: on_step(len(loader) + step),
-            )
-        self.call("on_evaluation_end", split, metrics)
-        return metrics
-
     # --- checkpoints ------------------------------------------------------------------------------
 
     def _save(self) -> None:
@@ -502,7 +483,9 @@ class FederatedTrainer:
         return payload
 
     def _load(self, payload: Payload | None) -> None:
-        auxiliary = find_auxiliary(self) if self.server.deploy_auxiliary else None
+        auxiliary = None
+        if self.server.deploy_auxiliary:
+            auxiliary = handed_out(self.fabric, self.server, self.folder.auxiliary).auxiliary
         self.server.start_tuning(auxiliary)
         if payload is not None:
             self.server.load_payload(payload)
