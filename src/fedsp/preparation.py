@@ -132,8 +132,8 @@ def check_handed_out(kept: Path) -> None:
     """
     if not kept.exists():
         raise ValueError(
-            "`privacy` (or `model.deploy_auxiliary`) needs the auxiliary model that a run handed out, and there is no "
-            f"{kept}. `trainer.run_dir` must be the folder of a run that `fedsp fit` has started."
+            "`privacy` and `model.deploy_auxiliary` need the auxiliary model that a run handed out, "
+            f"and there is no {kept}. `trainer.run_dir` must be the folder of a run that `fedsp fit` has started."
         )
 
 
