@@ -127,7 +127,7 @@ def test_a_comparison_runs_goes_on_and_reports_a_failed_run(
 @pytest.mark.parametrize(
     ("words", "status", "message"),
     [
-        (("--methods", "no-such"), 1, "`--methods` must be of"),
+        (("--methods", "no-such"), 1, "`--methods` must be files or of"),
         (("--method", METHOD), 2, "here it is `--methods NAME ...`"),
         ((), 2, "the following arguments are required: --methods"),
         (("--methods", METHOD, "--seeds", "one"), 2, "argument --seeds: invalid int value: 'one'"),

@@ -8,9 +8,10 @@ import pytest
 
 from fedsp import sweep as module
 from fedsp.shipped import find_shipped, shipped_names
-from fedsp.sweep import Sweep
+from fedsp.sweep import Sweep, find_methods
 
 METHOD = "fedsp"
+METHODS = {METHOD: find_shipped("method", METHOD)}
 
 
 @pytest.fixture
@@ -20,7 +21,7 @@ def base(tmp_path: Path) -> str:
 
 
 def make(tmp_path: Path, base: str, **changes: Any) -> Sweep:
-    options: dict[str, Any] = {"configs": (base,), "methods": (METHOD,), "seeds": (0, 1)}
+    options: dict[str, Any] = {"configs": (base,), "methods": METHODS, "seeds": (0, 1)}
     return Sweep(tmp_path / "runs", **{**options, **changes})
 
 
@@ -41,13 +42,11 @@ def pretend(monkeypatch: pytest.MonkeyPatch, statuses: list[int]) -> list[list[s
     return commands
 
 
-def test_a_run_is_fit_with_method_over_base_and_options_over_both(
-    tmp_path: Path, base: str
-) -> None:
+def test_a_method_has_the_last_word_over_files_and_options(tmp_path: Path, base: str) -> None:
     sweep = make(tmp_path, base, options=("--trainer.num_rounds", "2"))
     assert sweep.command(METHOD, 1) == [
         *(sys.executable, "-m", "fedsp", "fit", "--config", base),
-        *("--config", str(find_shipped("method", METHOD)), "--trainer.num_rounds", "2"),
+        *("--trainer.num_rounds", "2", "--config", str(METHODS[METHOD])),
         *("--seed_everything", "1"),
         *("--trainer.run_dir", str(tmp_path / "runs" / METHOD / "seed-1")),
     ]
@@ -103,22 +102,36 @@ def test_finished_runs_of_unknown_settings_are_refused(tmp_path: Path, base: str
         make(tmp_path, base).claim()
 
 
-def test_a_method_that_changed_is_refused_in_a_used_folder(
-    tmp_path: Path, base: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_method_that_changed_is_refused_in_a_used_folder(tmp_path: Path, base: str) -> None:
     make(tmp_path, base).claim()
     other = tmp_path / "other.yaml"
     other.write_text("{}\n")
-    monkeypatch.setattr(module, "find_shipped", lambda kind, name: other)
     with pytest.raises(ValueError, match=f"other settings of the method {METHOD}"):
-        make(tmp_path, base).claim()
+        make(tmp_path, base, methods={METHOD: other}).claim()
+
+
+def test_a_method_is_a_shipped_name_or_a_file(tmp_path: Path) -> None:
+    mine = tmp_path / "mine.yaml"
+    mine.write_text("{}\n")
+    assert find_methods([str(mine), METHOD]) == {"mine": mine, **METHODS}
+
+
+@pytest.mark.parametrize(
+    ("names", "message"),
+    [
+        (["no-such"], f"must be files or of {', '.join(shipped_names('method'))}, got 'no-such'"),
+        (["no-such.yaml"], r"must be files or of .*, got 'no-such\.yaml'"),
+        ([METHOD, METHOD], f"must name each once, got '{METHOD}' twice"),
+    ],
+)
+def test_unknown_and_repeated_methods_are_refused(names: list[str], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        find_methods(names)
 
 
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"methods": ("no-such",)}, f"`--methods` must be of {', '.join(shipped_names('method'))}"),
-        ({"methods": (METHOD, METHOD)}, "`--methods` must name each once"),
         ({"seeds": (1, 1)}, "`--seeds` must name each once"),
         ({"options": ("--seed_everything=3",)}, "cannot be given to `fedsp compare`"),
         ({"options": ("--ckpt_path", "last")}, "`--ckpt_path` cannot be given"),

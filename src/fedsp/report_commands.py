@@ -87,7 +87,7 @@ def compare(arguments: Sequence[str]) -> int:
         action="append",
         required=True,
         metavar="FILE",
-        help="configuration under the method's; may be repeated",
+        help="configuration that all runs have; may be repeated",
     )
     parser.add_argument(
         "--task", metavar="NAME", help="a shipped task over the configurations so far"
@@ -97,7 +97,7 @@ def compare(arguments: Sequence[str]) -> int:
         nargs="+",
         required=True,
         metavar="NAME",
-        help=f"shipped methods: {', '.join(shipped_names('method'))}",
+        help=f"YAML files, or of the shipped ones: {', '.join(shipped_names('method'))}",
     )
     parser.add_argument("--seeds", nargs="+", type=int, default=[0], metavar="N", help="default: 0")
     parser.add_argument(
@@ -106,15 +106,17 @@ def compare(arguments: Sequence[str]) -> int:
         default=Path("runs/compare"),
         help="the runs lie in RUN_DIR/METHOD/seed-N (default: %(default)s)",
     )
-    parser.epilog = "Any other option is one of `fedsp fit` and holds for every run."
+    parser.epilog = (
+        "Any other option is one of `fedsp fit` and holds for every run, unless its method's "
+        "file says otherwise."
+    )
     if any(word.partition("=")[0] == "--method" for word in arguments):
         parser.error("`--method` is an option of `fedsp fit`; here it is `--methods NAME ...`.")
     given, options = parser.parse_known_args(expand_names([*arguments]))
-    from fedsp.sweep import Sweep
+    from fedsp.sweep import Sweep, find_methods
 
-    sweep = Sweep(
-        given.run_dir, tuple(given.config), tuple(given.methods), tuple(given.seeds), (*options,)
-    )
+    methods = find_methods(given.methods)
+    sweep = Sweep(given.run_dir, (*given.config,), methods, (*given.seeds,), (*options,))
     return _run(sweep)
 
 
@@ -156,7 +158,7 @@ def _run(sweep: "Sweep") -> int:
     finished = [folder for folder in sweep.run_folders() if (folder / "results.json").exists()]
     if finished:
         runs = [read_run(path) for folder in finished for path in find_runs(folder)]
-        runs.sort(key=lambda run: sweep.methods.index(run.method))
+        runs.sort(key=lambda run: list(sweep.methods).index(run.method))
         write_comparison(runs, sweep.folder)
         write_report(runs, sweep.folder / "report.html")
         console = Console()

@@ -7,7 +7,7 @@ import hashlib
 import json
 import subprocess
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -21,21 +21,43 @@ from fedsp.state_files import write_text_atomically
 RESERVED = ("--seed_everything", "--trainer.run_dir", "--ckpt_path")
 
 
+def find_methods(names: Sequence[str]) -> dict[str, Path]:
+    """Return the configuration of every method by its name.
+
+    Args:
+        names: Names of shipped methods, or YAML files, whose method is named as the file is.
+
+    Raises:
+        ValueError: If a name is unknown, a file is missing, or two methods have one name.
+    """
+    known = shipped_names("method")
+    found: dict[str, Path] = {}
+    for name in names:
+        path = Path(name) if name.endswith(".yaml") else None
+        if name not in known and (path is None or not path.is_file()):
+            raise ValueError(f"`--methods` must be files or of {', '.join(known)}, got {name!r}.")
+        label = path.stem if path else name
+        if label in found:
+            raise ValueError(f"`--methods` must name each once, got {label!r} twice.")
+        found[label] = path or find_shipped("method", name)
+    return found
+
+
 @dataclass(frozen=True)
 class Sweep:
     """Every method with every seed.
 
     Args:
         folder: Holds a folder a run, `METHOD/seed-SEED`, and `compare.json`.
-        configs: Configuration files under the method's, in order.
-        methods: Names of shipped methods.
+        configs: Configuration files that all runs have, in order.
+        methods: Files by name; a method has the last word, over `options` too.
         seeds: Seeds of everything.
-        options: Further options of `fedsp fit`, over all files.
+        options: Further options of `fedsp fit` that all runs have.
     """
 
     folder: Path
     configs: tuple[str, ...]
-    methods: tuple[str, ...]
+    methods: Mapping[str, Path]
     seeds: tuple[int, ...]
     options: tuple[str, ...] = ()
 
@@ -43,16 +65,10 @@ class Sweep:
         """Check what can be checked before any work.
 
         Raises:
-            ValueError: If a method is unknown, a name or seed stands twice, or an option is one
-                that the sweep sets itself.
+            ValueError: If a seed stands twice, or an option is one that the sweep sets itself.
         """
-        for kind, values in (("methods", self.methods), ("seeds", self.seeds)):
-            if len(set(values)) < len(values):
-                raise ValueError(f"`--{kind}` must name each once, got {list(values)}.")
-        known = shipped_names("method")
-        for method in self.methods:
-            if method not in known:
-                raise ValueError(f"`--methods` must be of {', '.join(known)}, got {method!r}.")
+        if len(set(self.seeds)) < len(self.seeds):
+            raise ValueError(f"`--seeds` must name each once, got {list(self.seeds)}.")
         for option in self.options:
             if option.partition("=")[0] in RESERVED:
                 raise ValueError(
@@ -85,7 +101,7 @@ class Sweep:
                 "settings. Name another folder."
             )
         base = {"configs": [_digest(path) for path in self.configs], "options": [*self.options]}
-        methods = {name: _digest(find_shipped("method", name)) for name in self.methods}
+        methods = {name: _digest(path) for name, path in self.methods.items()}
         kept = noted.get("methods", {})
         changed = sorted(name for name in methods if kept.get(name, methods[name]) != methods[name])
         if noted and (noted["base"] != base or changed):
@@ -124,11 +140,12 @@ class Sweep:
     def command(self, method: str, seed: int) -> list[str]:
         """Return the command of one run."""
         folder = self.run_folder(method, seed)
-        files = [*self.configs, str(find_shipped("method", method))]
         command = [sys.executable, "-m", "fedsp", "fit"]
-        for file in files:
+        for file in self.configs:
             command += ["--config", file]
-        command += [*self.options, "--seed_everything", str(seed), "--trainer.run_dir", str(folder)]
+        # without rounds or without a prompt, some methods are what they are: no option undoes that
+        command += [*self.options, "--config", str(self.methods[method])]
+        command += ["--seed_everything", str(seed), "--trainer.run_dir", str(folder)]
         return [*command, "--ckpt_path", "last"] if folder.exists() else command
 
     def _pairs(self) -> Sequence[tuple[str, int]]:
