@@ -132,8 +132,9 @@ def check_handed_out(kept: Path) -> None:
     """
     if not kept.exists():
         raise ValueError(
-            "`privacy` and `model.deploy_auxiliary` need the auxiliary model that a run handed out, "
-            f"and there is no {kept}. `trainer.run_dir` must be the folder of a run that `fedsp fit` has started."
+            "`privacy` and `model.deploy_auxiliary` need the auxiliary model that a run handed "
+            f"out, and there is no {kept}. `trainer.run_dir` must be the folder of a run that "
+            "`fedsp fit` has started."
         )
 
 
