@@ -132,7 +132,7 @@ class Federation:
         data = encode(ServerBroadcast(round_idx, self.broadcast_prefix), wire_dtype)
         reference = decode_broadcast(data, self.contract).prefix
         aggregator = self.rules.aggregator
-        aggregator.reset()
+        aggregator.reset(reference)
         replies: list[Reply] = []
         rejected = 0
         on_start = partial(call, "on_client_start", round_idx)
@@ -152,7 +152,8 @@ class Federation:
             except RejectedUpdate as reason:
                 rejected += 1
                 call("on_update_rejected", round_idx, reply.client_id, str(reason))
-        if len(replies) - rejected >= self.rules.communication.min_updates:
+        fewest = max(self.rules.communication.min_updates, aggregator.min_updates)
+        if len(replies) - rejected >= fewest:
             # what rounding for the wire took off the prompt is no client's doing: it stays
             rounding = self.broadcast_prefix - reference
             aggregate = aggregator.result() + rounding

@@ -336,7 +336,8 @@ class FederatedTrainer:
 
     def _claim_folder(self, client: ClientModule) -> None:
         """Make the last checks, then create the run's files: from here on a run can be resumed."""
-        self.sampler.cohort(self.data.num_clients, seed=self.seed, round_idx=0)
+        cohort = self.sampler.cohort(self.data.num_clients, seed=self.seed, round_idx=0)
+        self.rules.aggregator.check(len(cohort))
         check_run(self.server, client, self.data, self.history.evaluation.monitor)
         # a logger that is not installed must leave no folder behind that looks like a run
         self.tracker = Tracker(self.loggers, self.folder.path)
