@@ -118,14 +118,14 @@ class RobustRule(Aggregator):
 
     def add(self, update: ClientUpdate) -> None:
         """Keep one checked update."""
-        self._updates.append(update.prefix.cpu())
+        self._updates.append(update.prefix)
 
     def result(self) -> Tensor:
         """Return the combined prefix, [L, 2, K, P, D] fp32; see `Aggregator.result`."""
         if not self._updates:
             raise RuntimeError("expected at least one update to aggregate, got none")
-        combined = self.combine(torch.stack([update.flatten() for update in self._updates]))
-        return combined.float().reshape(self._updates[0].shape)
+        combined = self.combine(torch.stack([_as_vector(update) for update in self._updates]))
+        return _like(combined, self._updates[0])
 
     @abstractmethod
     def combine(self, updates: Tensor) -> Tensor:
@@ -250,7 +250,7 @@ class NormClipping(Aggregator):
 
     def reset(self, reference: Tensor) -> None:
         """Forget everything of the last round and keep what changes are measured from."""
-        self._reference = reference.cpu()
+        self._reference = reference
         self.aggregator.reset(reference)
 
     def add(self, update: ClientUpdate) -> None:
@@ -261,13 +261,23 @@ class NormClipping(Aggregator):
         """
         if self._reference is None:
             raise RuntimeError("expected the broadcast before an update; call `reset()` first")
-        sent, came = self._reference, update.prefix.cpu()
-        clipped = clip_change(came.flatten(), sent.flatten(), self.max_norm)
-        self.aggregator.add(replace(update, prefix=clipped.float().reshape(came.shape)))
+        sent, came = _as_vector(self._reference), _as_vector(update.prefix)
+        clipped = clip_change(came, sent, self.max_norm)
+        self.aggregator.add(replace(update, prefix=_like(clipped, update.prefix)))
 
     def result(self) -> Tensor:
         """Return the combined prefix, [L, 2, K, P, D] fp32; see `Aggregator.result`."""
         return self.aggregator.result()
+
+
+def _as_vector(prefix: Tensor) -> Tensor:
+    """Return all numbers of an update in one row, [N] fp32."""
+    return prefix.float().cpu().flatten()
+
+
+def _like(vector: Tensor, prefix: Tensor) -> Tensor:
+    """Put [N] numbers back in the form that `_as_vector` took them out of, fp32."""
+    return vector.float().reshape(prefix.shape)
 
 
 class ServerOptimizer:

@@ -28,6 +28,7 @@ class ClientModule(LightningModule):
         dropout: float = 0.0,
         reparameterization_size: int | None = None,
         keep_optimizers: bool = True,
+        proximal_weight: float = 0.0,
     ) -> None:
         """Keep the settings; the auxiliary model comes from the server.
 
@@ -41,17 +42,26 @@ class ClientModule(LightningModule):
                 null trains the prefix itself. The MLP never travels.
             keep_optimizers: Carry the optimizers' moments from one participation to the next; the
                 schedules always go on.
+            proximal_weight: FedProx's mu, at least 0: half of it times the prompt's squared
+                distance from the received one is added to the loss of the second stage.
+
+        Raises:
+            ValueError: If a number is out of its range.
         """
         super().__init__()
         check_options("client.", 0, dropout, reparameterization_size)
+        if not proximal_weight >= 0:
+            raise ValueError(f"`client.proximal_weight` must be at least 0, got {proximal_weight}.")
         self.stages = {"auxiliary": auxiliary, "soft_prompt": soft_prompt}
         self.dropout = dropout
         self.reparameterization_size = reparameterization_size
         self.keep_optimizers = keep_optimizers
+        self.proximal_weight = proximal_weight
         self.auxiliary: Auxiliary | None = None
         self.soft_prompt: SoftPrompt | None = None
         self.stage = "soft_prompt"
         self._received: ServerBroadcast | None = None
+        self._start: Tensor | None = None
 
     def install(self, auxiliary: Auxiliary, num_virtual_tokens: int, seed: int = 0) -> None:
         """Take the auxiliary model in: round 0's hand-out.
@@ -84,7 +94,7 @@ class ClientModule(LightningModule):
         """Start a round from the server's prompt."""
         auxiliary, prompt = self.require_model()
         prompt.load_prefix(gather_layers(broadcast.prefix, auxiliary.layer_map))
-        self._received = broadcast
+        self._received, self._start = broadcast, prompt.prefix()
 
     def update(self, client_id: int, num_examples: int) -> ClientUpdate:
         """Return what leaves the client: its prompt and its number of examples, nothing else.
@@ -117,10 +127,21 @@ class ClientModule(LightningModule):
                 parameter.grad = None
 
     def training_step(self, batch: dict[str, Tensor], batch_idx: int) -> Tensor:
-        """Return the mean loss over a batch's label tokens under the auxiliary model, in nats."""
+        """Return the mean loss over a batch's label tokens under the auxiliary model, in nats.
+
+        With the proximal term of `proximal_weight`, which a frozen prompt leaves at zero.
+        """
         auxiliary, prompt = self.require_model()
         logits, targets, _ = auxiliary.backbone.label_logits(batch, prompt())
-        return token_cross_entropy(logits, targets).mean()
+        loss = token_cross_entropy(logits, targets).mean()
+        return loss + self._proximal_term() if self.proximal_weight else loss
+
+    def _proximal_term(self) -> Tensor:
+        """Return mu / 2 |prompt - received prompt|^2 (Li et al. 2020, arXiv 1812.06127, eq. 2)."""
+        if self._start is None:
+            raise RuntimeError("expected a broadcast before a step; call `receive()` first")
+        change = self.require_model()[1].dense() - self._start
+        return self.proximal_weight / 2 * change.square().sum()
 
     def validation_step(self, batch: dict[str, Tensor], batch_idx: int) -> Scores:
         """Return the likelihoods of a batch of choices under auxiliary model and prompt."""
