@@ -5,6 +5,7 @@ from importlib.metadata import version
 
 HELP = """\
 usage: fedsp {fit,validate,test,predict,export} --config FILE [--config FILE ...] [--OPTION VALUE]
+       fedsp chat RUN_DIR [--OPTION VALUE]
 
 Federated learning in which only tunable soft prompts travel.
 
@@ -12,8 +13,9 @@ commands:
   fit       Run the federated rounds, then test and export the best round's prompt.
   validate  Measure a run's prompt on the selection split.
   test      Measure a run's prompt on the test split.
-  predict   Write completions of the test split's prompts to `predictions.jsonl` in the run folder.
+  predict   Write completions of a file's prompts, or of the test split's, as JSON lines.
   export    Write a run's prompt as a peft PREFIX_TUNING adapter with a model card.
+  chat      Talk to a run's global model and its soft prompt; Ctrl-D or `exit` ends.
 
   fedsp COMMAND --help           every option with its meaning and default
   fedsp COMMAND --print_config   the configuration that would run

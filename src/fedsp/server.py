@@ -135,6 +135,14 @@ class ServerModule(LightningModule):
             raise RuntimeError("expected a loaded ServerModule; call `configure_model()` first")
         return self.backbone, self.soft_prompt
 
+    def text_room(self) -> int | None:
+        """Return how many positions the prompt leaves for text, None where there is no limit."""
+        backbone, prompt = self.require_model()
+        if backbone.max_positions is None:
+            return None
+        offset = backbone.spec.position_offset
+        return backbone.max_positions - (prompt.num_virtual_tokens if offset is None else offset)
+
     def twin(self) -> "ServerModule":
         """Return a server of its own prompt over the same global model, which is not copied."""
         backbone, prompt = self.require_model()
@@ -182,6 +190,8 @@ class ServerModule(LightningModule):
         """
         backbone, prompt = self.require_model()
         ids = batch["input_ids"]
+        # a model's own generation_config.json may ask for sampling
+        options = {"do_sample": False, **options}
         output = backbone.generate(ids, batch["attention_mask"], prompt(), **options)
         texts: list[str] = self.tokenizer.batch_decode(
             output[:, ids.shape[1] :], skip_special_tokens=True

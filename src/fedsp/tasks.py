@@ -54,6 +54,38 @@ class Task(ABC):
             ValueError: If a field is missing, empty (null) or of the wrong kind.
         """
 
+    def prompt_fields(self) -> list[str]:
+        """Return the names of the fields that a prompt is made of, if a template names them."""
+        return []
+
+    def render_prompt(self, row: Row, row_idx: int) -> str:
+        """Lay out what is given of one row, which needs no other fields where templates allow it.
+
+        Args:
+            row: Field name to value.
+            row_idx: Index of the row in its source, for error messages.
+
+        Raises:
+            ValueError: As `render`.
+        """
+        return self.render(row, row_idx).prompt
+
+    def encode_prompts(
+        self, rows: Sequence[Row], tokenizer: PreTrainedTokenizerBase
+    ) -> list[list[int]]:
+        """Tokenise what is given of each row, as `encode` would.
+
+        Args:
+            rows: The rows.
+            tokenizer: Tokenizer of the model.
+
+        Raises:
+            ValueError: As `render`.
+        """
+        prompts = [self.render_prompt(row, row_idx) for row_idx, row in enumerate(rows)]
+        start = leading_ids(tokenizer)
+        return [start + ids for ids in _tokenize(tokenizer, prompts)]
+
     def encode(
         self, rows: Sequence[Row], tokenizer: PreTrainedTokenizerBase, *, first_row: int = 0
     ) -> list[Example]:
@@ -132,6 +164,14 @@ class PromptCompletion(Task):
         completion = _fill("completion", self.completion, row, row_idx)
         return RenderedRow(prompt, [completion], 0, [max(1, len(completion.strip()))])
 
+    def prompt_fields(self) -> list[str]:
+        """Return the fields that the prompt's template names."""
+        return _fields_of(self.prompt)
+
+    def render_prompt(self, row: Row, row_idx: int) -> str:
+        """Fill the prompt's template alone."""
+        return _fill("prompt", self.prompt, row, row_idx)
+
 
 @dataclass(frozen=True)
 class MultipleChoice(Task):
@@ -165,6 +205,14 @@ class MultipleChoice(Task):
         answer = self._answer(row, row_idx, len(choices))
         texts = [self.choice_prefix + choice for choice in choices]
         return RenderedRow(question, texts, answer, [max(1, len(choice)) for choice in choices])
+
+    def prompt_fields(self) -> list[str]:
+        """Return the fields that the question's template names."""
+        return _fields_of(self.question)
+
+    def render_prompt(self, row: Row, row_idx: int) -> str:
+        """Fill the question's template alone."""
+        return _fill("question", self.question, row, row_idx)
 
     def _choices(self, row: Row, row_idx: int) -> list[str]:
         if isinstance(self.choices, str):
@@ -347,10 +395,15 @@ def _check_template(option: str, template: str, *, needs_field: bool) -> None:
         )
 
 
+def _fields_of(template: str) -> list[str]:
+    """Fields of the row that a template reads, each once."""
+    names = [name for _, name, _, _ in string.Formatter().parse(template) if name is not None]
+    return list(dict.fromkeys(name.split("[")[0].split(".")[0] for name in names))
+
+
 def _fill(option: str, template: str, row: Row, row_idx: int) -> str:
-    for _, name, _, _ in string.Formatter().parse(template):
-        if name is not None:
-            _field(option, name.split("[")[0].split(".")[0], row, row_idx)
+    for name in _fields_of(template):
+        _field(option, name, row, row_idx)
     try:
         return template.format_map(row)
     except (AttributeError, LookupError, ValueError, TypeError) as error:

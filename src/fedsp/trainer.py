@@ -23,10 +23,18 @@ from fedsp.export import export_adapter
 from fedsp.federation import Communication, Rules
 from fedsp.history import Evaluation, History
 from fedsp.ledger import Ledger, next_attempt
-from fedsp.opening import check_run, launch, make_fabric, open_federation, set_up_data
+from fedsp.opening import (
+    check_run,
+    join_data,
+    launch,
+    make_fabric,
+    open_federation,
+    set_up_data,
+)
 from fedsp.phases import evaluate
-from fedsp.predictions import write_predictions
+from fedsp.predictions import check_output, write_predictions
 from fedsp.progress import RichProgress
+from fedsp.prompts import Prompts, room_for_prompt
 from fedsp.run_folder import RunFolder
 from fedsp.sampling import ClientSampler, UniformSampler
 from fedsp.scoring import Scores, score
@@ -260,28 +268,36 @@ class FederatedTrainer:
         datamodule: FederatedDataModule,
         ckpt_path: str | None = "best",
         max_new_tokens: int = 64,
+        input: str | None = None,  # noqa: A002 - the option's name
+        output: str | None = None,
     ) -> None:
-        """Write completions of the test split's prompts to `predictions.jsonl` in the run folder.
+        """Write completions of a file's prompts, or of the test split's, as JSON lines.
 
         Args:
             model: The server.
             client: Not used.
-            datamodule: Every party's data.
+            datamodule: Gives the task, and the test split where there is no `input`.
             ckpt_path: `best` or `last` of `trainer.run_dir`, a checkpoint file, or null for the
                 initial prompt.
             max_new_tokens: Longest completion in tokens, at least 1.
+            input: File of rows (.jsonl, .csv, .parquet) that have the fields of the task's prompt;
+                null takes the test split.
+            output: File to write; null writes `predictions.jsonl` in the run folder.
         """
-        prefix = self._prefix_of(ckpt_path)
-        self._launch(model, datamodule, "predict")
-        self._load(prefix)
-        count = write_predictions(
-            self.fabric,
-            model,
-            datamodule.predict_dataloader(),
-            self.folder.predictions,
-            max_new_tokens=max_new_tokens,
-        )
-        self.fabric.print(f"{count} completions: {self.folder.predictions}")
+        path = check_output(output) if output else self.folder.predictions
+        prompts = Prompts(input, datamodule.task) if input else None
+        if prompts is None:
+            prefix = self._prefix_of(ckpt_path)
+            self._launch(model, datamodule, "predict")
+            self._load(prefix)
+            batches = datamodule.predict_dataloader()
+        else:
+            self.load_run(model, datamodule, ckpt_path)
+            size = datamodule.batching.eval_batch_size
+            room = room_for_prompt(model.text_room(), max_new_tokens)
+            batches = prompts.loader(datamodule.tokenizer, room, size)
+        count = write_predictions(self.fabric, model, batches, path, max_new_tokens=max_new_tokens)
+        self.fabric.print(f"{count} completions: {path}")
 
     def export(
         self,
@@ -301,14 +317,27 @@ class FederatedTrainer:
                 initial prompt.
             output_dir: Folder of the adapter; null writes `adapter` in the run folder.
         """
-        prefix = self._prefix_of(ckpt_path)
-        self.server = model
-        launch(self.fabric, model)
-        self._load(prefix)
+        self.load_run(model, datamodule, ckpt_path)
         measured = self.folder.results if ckpt_path == "best" else None
         results = json.loads(measured.read_text()) if measured and measured.exists() else {}
         folder = self._export(results, Path(output_dir) if output_dir else self.folder.adapter)
         self.fabric.print(f"adapter: {folder}")
+
+    def load_run(
+        self, model: ServerModule, datamodule: FederatedDataModule, ckpt_path: str | None
+    ) -> None:
+        """Load the global model with a run's prompt, for what needs none of the run's data.
+
+        Args:
+            model: The server.
+            datamodule: Takes over the model's tokenizer; nothing is read.
+            ckpt_path: As `predict`.
+        """
+        prefix = self._prefix_of(ckpt_path)
+        self.server = model
+        launch(self.fabric, model)
+        self._load(prefix)
+        join_data(model, datamodule)
 
     # --- what callbacks may use -------------------------------------------------------------------
 
