@@ -69,7 +69,9 @@ def test_tables_are_read_too(tmp_path: Path, name: str) -> None:
     (table.to_csv if name.endswith("csv") else table.to_parquet)(str(path))
     server = make_server(tmp_path)
     server.configure_model()
-    loader = Prompts(str(path), PromptCompletion()).loader(server.tokenizer, None, 8)
+    loader = Prompts(str(path), PromptCompletion()).loader(
+        server.tokenizer, 8, text_room=None, max_new_tokens=1
+    )
     (batch,) = list(loader)
     assert server.tokenizer.batch_decode(batch["input_ids"]) == ["1+2=", "3+4="]
     assert batch["row"].tolist() == [0, 1]
@@ -80,7 +82,8 @@ def test_prompts_of_different_length_are_padded_on_the_left(
 ) -> None:
     tokenizer = make_data(tmp_path).tokenizer
     own = write_lines(tmp_path / "own.jsonl", [{"prompt": "1"}, {"prompt": "1+2="}])
-    (batch,) = list(Prompts(own, PromptCompletion()).loader(tokenizer, 4, 8))
+    prompts = Prompts(own, PromptCompletion())
+    (batch,) = list(prompts.loader(tokenizer, 8, text_room=5, max_new_tokens=1))
     assert batch["row"].tolist() == [1, 0]
     assert batch["attention_mask"].tolist() == [[1, 1, 1, 1], [0, 0, 0, 1]]
 

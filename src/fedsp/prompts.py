@@ -42,18 +42,25 @@ class Prompts:
         self._task = task
 
     def loader(
-        self, tokenizer: PreTrainedTokenizerBase, room: int | None, batch_size: int
+        self,
+        tokenizer: PreTrainedTokenizerBase,
+        batch_size: int,
+        *,
+        text_room: int | None,
+        max_new_tokens: int,
     ) -> DataLoader[Any]:
         """Return the prompts once, padded on the left, each with the index of its row.
 
         Args:
             tokenizer: Tokenizer of the model.
-            room: Most tokens of a prompt, None without limit.
             batch_size: Prompts of a batch, at least 1.
+            text_room: Positions for a prompt and its completion, None without limit.
+            max_new_tokens: Longest completion in tokens, at least 1.
 
         Raises:
-            ValueError: If a prompt is longer.
+            ValueError: If `max_new_tokens` is out of its range, or a prompt leaves too little room.
         """
+        room = room_for_prompt(text_room, max_new_tokens)
         encoded = self._task.encode_prompts(self._rows, tokenizer)
         for row_idx, ids in enumerate(encoded):
             check_length(ids, room, f"`--input`: the prompt of row {row_idx}")

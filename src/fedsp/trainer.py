@@ -34,7 +34,7 @@ from fedsp.opening import (
 from fedsp.phases import evaluate
 from fedsp.predictions import check_output, write_predictions
 from fedsp.progress import RichProgress
-from fedsp.prompts import Prompts, room_for_prompt
+from fedsp.prompts import Prompts
 from fedsp.run_folder import RunFolder
 from fedsp.sampling import ClientSampler, UniformSampler
 from fedsp.scoring import Scores, score
@@ -293,9 +293,10 @@ class FederatedTrainer:
             batches = datamodule.predict_dataloader()
         else:
             self.load_run(model, datamodule, ckpt_path)
-            size = datamodule.batching.eval_batch_size
-            room = room_for_prompt(model.text_room(), max_new_tokens)
-            batches = prompts.loader(datamodule.tokenizer, room, size)
+            size, room = datamodule.batching.eval_batch_size, model.text_room()
+            batches = prompts.loader(
+                datamodule.tokenizer, size, text_room=room, max_new_tokens=max_new_tokens
+            )
         count = write_predictions(self.fabric, model, batches, path, max_new_tokens=max_new_tokens)
         self.fabric.print(f"{count} completions: {path}")
 
@@ -326,13 +327,7 @@ class FederatedTrainer:
     def load_run(
         self, model: ServerModule, datamodule: FederatedDataModule, ckpt_path: str | None
     ) -> None:
-        """Load the global model with a run's prompt, for what needs none of the run's data.
-
-        Args:
-            model: The server.
-            datamodule: Takes over the model's tokenizer; nothing is read.
-            ckpt_path: As `predict`.
-        """
+        """Load the global model with a run's prompt; of the data only tokenizer and limits."""
         prefix = self._prefix_of(ckpt_path)
         self.server = model
         launch(self.fabric, model)
