@@ -19,7 +19,7 @@ CANDIDATES := $(or $(PYTHON),python3.11 python3 python3.12 python3.13 python3.14
 BENCHMARKS := $(sort $(wildcard benchmarks/bench_*.py))
 
 .DEFAULT_GOAL := help
-.PHONY: help quickstart test lint bench setup clean
+.PHONY: help quickstart test lint bench results-table setup clean
 
 help:  ## show this list
 	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "  make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -42,6 +42,9 @@ ifeq ($(BENCHMARKS),)
 else
 	@set -e; for script in $(BENCHMARKS); do echo "== $$script"; $(BIN)/python $$script; done
 endif
+
+results-table: $(VENV)/.installed-dev  ## rebuild the table of docs/results.md from results/*.csv
+	$(BIN)/python scripts/results_table.py
 
 setup: $(VENV)/.installed-dev  ## create the virtual environment with the development tools
 

@@ -1,8 +1,10 @@
 """Tiny random models of every supported family, with weights large enough to see effects."""
 
+import warnings
 from typing import Any
 
 import torch
+from peft import PrefixTuningConfig, get_peft_model
 
 from fedsp.backbone import Backbone, BackboneSpec, load_backbone
 
@@ -116,3 +118,23 @@ def random_text(
     if rows > 2:
         mask[2, :3] = 0
     return ids, mask
+
+
+def peft_model(backbone: Backbone, prefix: torch.Tensor) -> Any:
+    """Wrap the model in peft's prefix tuning, with `prefix` as its virtual tokens."""
+    num_layers, num_kv_heads, head_dim = backbone.kv_shape
+    config = PrefixTuningConfig(
+        task_type="CAUSAL_LM",
+        num_virtual_tokens=prefix.shape[3],
+        num_layers=num_layers,
+        token_dim=num_kv_heads * head_dim,
+        num_attention_heads=num_kv_heads,
+    )
+    with warnings.catch_warnings():
+        # peft 0.21 asks transformers for a name that it deprecates.
+        warnings.simplefilter("ignore", FutureWarning)
+        model = get_peft_model(backbone.model, config).eval()
+    weight = model.prompt_encoder["default"].embedding.weight
+    with torch.no_grad():
+        weight.copy_(prefix.permute(3, 0, 1, 2, 4).reshape(prefix.shape[3], -1))
+    return model, weight

@@ -20,6 +20,7 @@ from fedsp.aggregation import (
     TrimmedMean,
 )
 from fedsp.messages import ClientUpdate
+from fedsp.payload import Payload
 
 ROOT = Path(__file__).parents[1]
 FLOWER = json.loads((ROOT / "tests" / "data" / "flower_aggregates.json").read_text())
@@ -40,8 +41,12 @@ def _prefix(*values: float) -> Tensor:
     return torch.tensor(values).reshape(SHAPE)
 
 
+def _payload(prefix: Tensor) -> Payload:
+    return {"soft_prompt": prefix}
+
+
 def _update(client_id: int, num_examples: int, *values: float) -> ClientUpdate:
-    return ClientUpdate(0, client_id, _prefix(*values), num_examples)
+    return ClientUpdate(0, client_id, _payload(_prefix(*values)), num_examples)
 
 
 UPDATES = [_update(0, 1, 1.0, 2.0, 3.0, 4.0), _update(1, 3, 5.0, 6.0, 7.0, 9.0)]
@@ -51,43 +56,46 @@ def test_fedavg_equals_the_mean_by_hand() -> None:
     mean = StreamingMean()
     for update in UPDATES:
         mean.add(update)
-    assert torch.equal(mean.result(), _prefix(3.0, 4.0, 5.0, 6.5))
+    assert torch.equal(mean.result()["soft_prompt"], _prefix(3.0, 4.0, 5.0, 6.5))
 
 
 def test_weighted_mean_equals_the_mean_by_hand() -> None:
     mean = StreamingMean(weight_by_examples=True)
     for update in UPDATES:
         mean.add(update)
-    assert torch.equal(mean.result(), _prefix(4.0, 5.0, 6.0, 7.75))
+    assert torch.equal(mean.result()["soft_prompt"], _prefix(4.0, 5.0, 6.0, 7.75))
 
 
 def test_the_mean_does_not_depend_on_the_order_of_a_thousand_updates() -> None:
     generator = torch.Generator().manual_seed(0)
-    updates = [ClientUpdate(0, i, torch.randn(SHAPE, generator=generator), 1) for i in range(1000)]
+    prefixes = [torch.randn(SHAPE, generator=generator) for _ in range(1000)]
+    updates = [ClientUpdate(0, i, _payload(prefix), 1) for i, prefix in enumerate(prefixes)]
     results = []
     for order in (updates, updates[::-1]):
         mean = StreamingMean()
         for update in order:
             mean.add(update)
-        results.append(mean.result())
+        results.append(mean.result()["soft_prompt"])
     assert torch.equal(*results)
 
 
 def test_reset_forgets_the_last_round() -> None:
     mean = StreamingMean()
     mean.add(UPDATES[0])
-    mean.reset(UPDATES[0].prefix)
+    mean.reset(UPDATES[0].payload)
     mean.add(UPDATES[1])
-    assert torch.equal(mean.result(), UPDATES[1].prefix)
+    assert torch.equal(mean.result()["soft_prompt"], UPDATES[1].payload["soft_prompt"])
 
 
 def test_adding_does_not_change_the_updates() -> None:
-    before = [update.prefix.clone() for update in UPDATES]
+    before = [update.payload["soft_prompt"].clone() for update in UPDATES]
     mean = StreamingMean()
     for update in UPDATES:
         mean.add(update)
-    mean.result()
-    assert all(torch.equal(a, b.prefix) for a, b in zip(before, UPDATES, strict=True))
+    mean.result()["soft_prompt"]
+    assert all(
+        torch.equal(a, b.payload["soft_prompt"]) for a, b in zip(before, UPDATES, strict=True)
+    )
 
 
 def test_no_updates_have_no_mean() -> None:
@@ -97,14 +105,16 @@ def test_no_updates_have_no_mean() -> None:
 
 def test_without_an_optimizer_the_aggregate_is_taken_as_it_is() -> None:
     aggregate = _prefix(1.0, 2.0, 3.0, 4.0)
-    assert torch.equal(ServerOptimizer(None).step(torch.zeros(SHAPE), aggregate), aggregate)
+    got = ServerOptimizer(None).step(_payload(torch.zeros(SHAPE)), _payload(aggregate))
+    assert torch.equal(got["soft_prompt"], aggregate)
 
 
 def test_sgd_at_rate_one_takes_the_aggregate_and_at_half_goes_half_way() -> None:
     old, aggregate = _prefix(0.0, 0.0, 2.0, 2.0), _prefix(2.0, 4.0, 2.0, 0.0)
     for rate, expected in ((1.0, aggregate), (0.5, _prefix(1.0, 2.0, 2.0, 1.0))):
         step = ServerOptimizer(lambda p, rate=rate: torch.optim.SGD(p, lr=rate)).step
-        assert torch.equal(step(old, aggregate), expected)
+        got = step(_payload(old), _payload(aggregate))
+        assert torch.equal(got["soft_prompt"], expected)
 
 
 def test_fedadam_equals_torch_adam_on_the_pseudo_gradient_by_hand() -> None:
@@ -122,8 +132,8 @@ def test_fedadam_equals_torch_adam_on_the_pseudo_gradient_by_hand() -> None:
         second = beta2 * second + (1 - beta2) * gradient**2
         denominator = (second / (1 - beta2**step)).sqrt() + eps
         expected = old[step - 1] - rate * (first / (1 - beta1**step)) / denominator
-        got = optimizer.step(old[step - 1], mean[step - 1])
-        assert torch.allclose(got, expected, atol=1e-6)
+        got = optimizer.step(_payload(old[step - 1]), _payload(mean[step - 1]))
+        assert torch.allclose(got["soft_prompt"], expected, atol=1e-6)
 
 
 def test_a_resumed_server_optimizer_goes_on_with_its_moments() -> None:
@@ -132,11 +142,11 @@ def test_a_resumed_server_optimizer_goes_on_with_its_moments() -> None:
 
     old, mean = torch.zeros(SHAPE), _prefix(1.0, -1.0, 2.0, 0.5)
     first, resumed, fresh = make(), make(), make()
-    first.step(old, mean)
-    resumed.load_state_dict(deepcopy(first.state_dict()), SHAPE)
-    expected = first.step(old, -mean)
-    assert torch.equal(resumed.step(old, -mean), expected)
-    assert not torch.equal(fresh.step(old, -mean), expected)
+    first.step(_payload(old), _payload(mean))
+    resumed.load_state_dict(deepcopy(first.state_dict()), {"soft_prompt": SHAPE})
+    expected = first.step(_payload(old), _payload(-mean))["soft_prompt"]
+    assert torch.equal(resumed.step(_payload(old), _payload(-mean))["soft_prompt"], expected)
+    assert not torch.equal(fresh.step(_payload(old), _payload(-mean))["soft_prompt"], expected)
 
 
 # --- robust rules ---------------------------------------------------------------------------------
@@ -144,11 +154,12 @@ def test_a_resumed_server_optimizer_goes_on_with_its_moments() -> None:
 
 def _combine(aggregator: Aggregator, rows: list[list[float]], reference: Tensor) -> Tensor:
     shape = (1, 2, 1, 1, len(rows[0]) // 2)
-    aggregator.reset(reference.reshape(shape))
+    aggregator.reset(_payload(reference.reshape(shape)))
     for client_id, row in enumerate(rows):
         # the number of examples that a client claims must not count
-        aggregator.add(ClientUpdate(0, client_id, torch.tensor(row).reshape(shape), 1 + client_id))
-    result = aggregator.result()
+        payload = _payload(torch.tensor(row).reshape(shape))
+        aggregator.add(ClientUpdate(0, client_id, payload, 1 + client_id))
+    result = aggregator.result()["soft_prompt"]
     assert result.shape == shape
     assert result.dtype == torch.float32
     return result.flatten()
@@ -220,7 +231,7 @@ def test_a_robust_rule_forgets_the_last_round() -> None:
 @pytest.mark.parametrize("make", [CoordinateMedian, lambda: NormClipping(1.0, CoordinateMedian())])
 def test_no_updates_have_no_robust_result(make: Callable[[], Aggregator]) -> None:
     aggregator = make()
-    aggregator.reset(torch.zeros(SHAPE))
+    aggregator.reset(_payload(torch.zeros(SHAPE)))
     with pytest.raises(RuntimeError, match="at least one update"):
         aggregator.result()
 
@@ -306,5 +317,6 @@ def test_a_torch_optimizer_makes_flowers_rule(name: str, optimizer: Any) -> None
     case = FLOWER["server_optimizers"]
     prompt, server_optimizer = torch.tensor(case["start"]), ServerOptimizer(optimizer)
     for mean, expected in zip(case["means"], case["results"][name], strict=True):
-        prompt = server_optimizer.step(prompt, torch.tensor(mean))
+        stepped = server_optimizer.step(_payload(prompt), _payload(torch.tensor(mean)))
+        prompt = stepped["soft_prompt"]
         assert torch.allclose(prompt, torch.tensor(expected), rtol=1e-5, atol=1e-6)

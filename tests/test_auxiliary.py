@@ -319,7 +319,7 @@ def test_a_tied_head_and_learned_positions_are_embeddings() -> None:
 
 
 @pytest.mark.parametrize(
-    ("recipe", "layer_map"),
+    ("recipe", "layers"),
     [
         (SharedCell(start=3), (0, 1, 2, 3, 4, 5)),
         (KeptLayers(layers=[1, 4]), (1, 4)),
@@ -329,15 +329,15 @@ def test_a_tied_head_and_learned_positions_are_embeddings() -> None:
         (KeptLayers(num_layers=6), (0, 1, 2, 3, 4, 5)),
     ],
 )
-def test_the_layer_map_says_which_prompt_slots_are_read(
-    recipe: AuxiliaryRecipe, layer_map: tuple[int, ...]
+def test_every_layer_reads_the_slot_of_its_place(
+    recipe: AuxiliaryRecipe, layers: tuple[int, ...]
 ) -> None:
     backbone = tiny_backbone("gemma3_text", config=tiny_config("gemma3_text", 6))
     auxiliary = recipe.build(backbone)
-    assert auxiliary.layer_map == layer_map
-    assert auxiliary.backbone.kv_shape == (len(layer_map), 2, 16)
+    assert auxiliary.slots == tuple((layer,) for layer in layers)
+    assert auxiliary.backbone.kv_shape == (len(layers), 2, 16)
     config = auxiliary.backbone.model.config
-    assert config.num_hidden_layers == len(config.layer_types) == len(layer_map)
+    assert config.num_hidden_layers == len(config.layer_types) == len(layers)
 
 
 def test_all_layers_kept_are_the_global_model() -> None:

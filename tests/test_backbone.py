@@ -1,6 +1,5 @@
 """The backbone with a prompt, against peft, against transformers' own model and against itself."""
 
-import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
@@ -9,7 +8,6 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from peft import PrefixTuningConfig, get_peft_model
 from torch import Tensor
 
 from families import (
@@ -19,6 +17,7 @@ from families import (
     ROTARY,
     VOCAB,
     WITH_KERNELS,
+    peft_model,
     random_prefix,
     random_text,
     tiny_backbone,
@@ -39,26 +38,6 @@ def at_offset(backbone: Backbone, position_offset: int | None) -> Backbone:
 
 def logits_of(backbone: Backbone, ids: Tensor, mask: Tensor, prefix: Tensor | None) -> Tensor:
     return backbone.logits(backbone.hidden_states(ids, mask, prefix))
-
-
-def peft_model(backbone: Backbone, prefix: Tensor) -> Any:
-    """Wrap the model in peft's prefix tuning, with `prefix` as its virtual tokens."""
-    num_layers, num_kv_heads, head_dim = backbone.kv_shape
-    config = PrefixTuningConfig(
-        task_type="CAUSAL_LM",
-        num_virtual_tokens=prefix.shape[3],
-        num_layers=num_layers,
-        token_dim=num_kv_heads * head_dim,
-        num_attention_heads=num_kv_heads,
-    )
-    with warnings.catch_warnings():
-        # peft 0.21 asks transformers for a name that it deprecates.
-        warnings.simplefilter("ignore", FutureWarning)
-        model = get_peft_model(backbone.model, config).eval()
-    weight = model.prompt_encoder["default"].embedding.weight
-    with torch.no_grad():
-        weight.copy_(prefix.permute(3, 0, 1, 2, 4).reshape(prefix.shape[3], -1))
-    return model, weight
 
 
 @EVERY_KERNEL

@@ -104,7 +104,9 @@ def test_the_best_round_of_the_baseline_is_tested_beside_that_of_the_run(tmp_pat
     assert server_only == {"round": best, "baseline/val_loss": losses[best]}
     assert results["test"]["server_only"]["loss"] == check.losses[best]
     # the run's own prompt is still the one that was chosen
-    assert torch.equal(trainer.server.require_model()[1].prefix(), trainer.history.best.prefix)
+    assert torch.equal(
+        trainer.server.require_model()[1].prefix(), trainer.history.best.payload["soft_prompt"]
+    )
 
 
 def test_a_baseline_that_only_gets_worse_keeps_the_initial_prompt(tmp_path: Path) -> None:

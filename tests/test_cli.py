@@ -85,7 +85,7 @@ def other(folder: Path) -> dict[str, Any]:
 
 def _last_prefix(run: Path, rounds: int = 2) -> torch.Tensor:
     state: Any = load_state(run / "checkpoints" / f"round-{rounds:06d}.safetensors")
-    prefix: torch.Tensor = state["tree"]["federation"]["prefix"]
+    prefix: torch.Tensor = state["tree"]["federation"]["payload"]["soft_prompt"]
     return prefix
 
 
@@ -140,7 +140,9 @@ def test_the_exported_adapter_gives_the_backbones_logits_in_peft(
     assert outcome.status == 0, outcome
     spec = config["model"]["init_args"]["backbone"]
     backbone = load_backbone(BackboneSpec(**spec), seed=0)
-    prefix = load_state(run / "checkpoints" / "best.safetensors")["tree"]["federation"]["prefix"]
+    prefix = load_state(run / "checkpoints" / "best.safetensors")["tree"]["federation"]["payload"][
+        "soft_prompt"
+    ]
     ids = torch.randint(0, 256, (2, 9), generator=torch.Generator().manual_seed(0))
     mask = torch.ones_like(ids)
     with torch.no_grad():

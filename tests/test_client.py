@@ -20,7 +20,7 @@ def _installed(tmp_path: Path, recipe: SharedCell | KeptLayers, **options: objec
 
 def _broadcast() -> ServerBroadcast:
     prefix = torch.randn(4, 2, 4, 4, 8, generator=torch.Generator().manual_seed(0))
-    return ServerBroadcast(3, prefix)
+    return ServerBroadcast(3, {"soft_prompt": prefix})
 
 
 def test_an_untrained_client_returns_the_broadcast_bit_for_bit(tmp_path: Path) -> None:
@@ -30,7 +30,7 @@ def test_an_untrained_client_returns_the_broadcast_bit_for_bit(tmp_path: Path) -
             client.receive(_broadcast())
             update = client.update(client_id=1, num_examples=7)
             assert (update.round_idx, update.client_id, update.num_examples) == (3, 1, 7)
-            assert torch.equal(update.prefix, _broadcast().prefix)
+            assert torch.equal(update.payload["soft_prompt"], _broadcast().payload["soft_prompt"])
 
 
 def test_layers_that_the_auxiliary_lacks_keep_the_servers_values(tmp_path: Path) -> None:
@@ -38,16 +38,16 @@ def test_layers_that_the_auxiliary_lacks_keep_the_servers_values(tmp_path: Path)
     client.receive(_broadcast())
     with torch.no_grad():
         client.require_model()[1].values.add_(1.0)
-    prefix = client.update(0, 1).prefix
-    assert torch.equal(prefix[1:3], _broadcast().prefix[1:3])
-    assert torch.equal(prefix[[0, 3]], _broadcast().prefix[[0, 3]] + 1.0)
+    prefix = client.update(0, 1).payload["soft_prompt"]
+    assert torch.equal(prefix[1:3], _broadcast().payload["soft_prompt"][1:3])
+    assert torch.equal(prefix[[0, 3]], _broadcast().payload["soft_prompt"][[0, 3]] + 1.0)
 
 
 @pytest.mark.parametrize("stage", ["auxiliary", "soft_prompt"])
 def test_a_stage_trains_its_part_and_freezes_the_other(tmp_path: Path, stage: str) -> None:
     client = _installed(tmp_path, SharedCell())
     client.receive(_broadcast())
-    client.set_stage(stage)
+    client.set_stages([stage])
     ids = torch.randint(1, 250, (2, 9))
     batch = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": ids}
     client.training_step(batch, 0).backward()
@@ -88,7 +88,7 @@ def _moved(tmp_path: Path, **options: object) -> tuple[ClientModule, dict[str, t
     """A client whose prompt has left the broadcast by 0.5 in every number, and a batch."""
     client = _installed(tmp_path, KeptLayers(layers=[0, 3]), dropout=0.0, **options)
     client.receive(_broadcast())
-    client.set_stage("soft_prompt")
+    client.set_stages(["soft_prompt"])
     with torch.no_grad():
         client.require_model()[1].values.add_(0.5)
     ids = torch.randint(1, 250, (2, 9), generator=torch.Generator().manual_seed(0))

@@ -17,14 +17,11 @@ def test_labels_stand_only_at_the_right_completions_tokens() -> None:
     assert {tensor.dtype for tensor in batch.values()} == {torch.int64}
 
 
-def test_every_choice_is_a_row_that_knows_its_question() -> None:
+def test_a_question_is_a_row_with_all_its_choices() -> None:
     batch = collate_choices(EXAMPLES, PAD)
-    assert batch["input_ids"].tolist() == [[1, 2, 3, PAD], [1, 2, 4, 5], [6, 7, PAD, PAD]]
-    assert batch["labels"].tolist() == [
-        [-100, -100, 3, -100],
-        [-100, -100, 4, 5],
-        [-100, 7, -100, -100],
-    ]
+    assert batch["input_ids"].tolist() == [[1, 2, 3, 4, 5], [6, 7, PAD, PAD, PAD]]
+    assert batch["attention_mask"].tolist() == [[1, 1, 1, 1, 1], [1, 1, 0, 0, 0]]
+    assert batch["choice"].tolist() == [[-1, -1, 0, 1, 1], [-1, 2, -1, -1, -1]]
     assert batch["question"].tolist() == [0, 0, 1]
     assert batch["is_answer"].tolist() == [False, True, True]
     assert batch["is_answer"].dtype == torch.bool

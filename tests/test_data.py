@@ -14,7 +14,7 @@ from lightning.pytorch import LightningDataModule
 from fedsp.batching import Batching
 from fedsp.data import FederatedDataModule
 from fedsp.partition import IID, ByColumn, BySizes
-from fedsp.sources import Files
+from fedsp.sources import Files, Hub
 from fedsp.tasks import MultipleChoice, PromptCompletion, RawText, Task
 from toy_text import byte_tokenizer, save_byte_tokenizer
 
@@ -128,6 +128,35 @@ def test_a_split_may_have_a_source_of_its_own_or_be_absent(make: Any, tmp_path: 
         data.public_dataloader(start_step=0, num_steps=1)
 
 
+def test_a_split_may_be_another_one_of_the_clients_data_set(make: Any, tmp_path: Path) -> None:
+    for split, rows in (("train", ROWS[:30]), ("dev", ROWS[30:40]), ("final", ROWS[40:45])):
+        write_rows(tmp_path / f"{split}.jsonl", rows)
+    data = make(clients=Hub("x/y", folder=str(tmp_path)), selection="dev", test="final", server=6)
+    data.setup()
+    sizes = [data.num_examples(name) for name in ("server", "selection", "test")]
+    assert (sizes, data.describe()["clients"]) == ([6, 10, 5], {f"client-{i}": 8 for i in range(3)})
+    expected = {row["prompt"] + row["completion"] for row in ROWS[40:45]}
+    assert set(decoded(data.test_dataloader())) == expected
+    message = r"`data\.test`: `folder`=.* must hold one file of the split 'nope'"
+    with pytest.raises(ValueError, match=message):
+        make(clients=Hub("x/y", folder=str(tmp_path)), test="nope").setup()
+    with pytest.raises(ValueError, match=r"`data\.selection`: 'dev' names a split of `data\.clie"):
+        make(selection="dev")
+
+
+def test_public_data_may_be_the_servers_once_more(make: Any) -> None:
+    data = make(server=10, public="server")
+    data.setup()
+    same = [set(decoded(loader(start_step=0, num_steps=3)))
+            for loader in (data.server_dataloader, data.public_dataloader)]  # fmt: skip
+    assert same[0] == same[1]
+    assert len(same[0]) == data.num_examples("public") == 10
+    assert data.public_overlap() == 0
+    for changes in ({"server": None}, {"server": 10, "public_task": RawText("{prompt}")}):
+        with pytest.raises(ValueError, match=r"`data\.public`=server is the server's data once"):
+            make(public="server", **changes)
+
+
 def test_labels_are_the_completion_and_its_end(make: Any) -> None:
     data = make()
     data.setup()
@@ -211,7 +240,7 @@ def test_prompts_to_predict_know_their_raw_rows(make: Any, tmp_path: Path) -> No
 def test_raw_text_has_no_prompts_to_predict(make: Any) -> None:
     data = make(task=RawText("{prompt}{completion}"))
     data.setup()
-    with pytest.raises(ValueError, match="`fedsp predict` continues prompts"):
+    with pytest.raises(ValueError, match=r"continue prompts, and `data.task` gives"):
         data.predict_dataloader()
 
 

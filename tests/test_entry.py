@@ -9,6 +9,7 @@ import pytest
 
 from fedsp.__main__ import HELP
 from fedsp.cli import SUBCOMMANDS, FederatedCLI, chat
+from fedsp.report_commands import COMMANDS
 from fedsp.trainer import FederatedTrainer
 
 HEAVY = ("torch", "lightning", "transformers", "datasets", "peft", "wandb", "numpy", "jsonargparse")
@@ -43,10 +44,19 @@ def test_the_version_is_the_packages() -> None:
 def test_help_lists_exactly_the_commands_with_their_own_words() -> None:
     listed = dict(re.findall(r"^  (\w+) {2,}(.*)$", HELP, re.MULTILINE))
     assert listed.pop("chat") == (chat.__doc__ or "").splitlines()[0]
-    assert tuple(listed) == SUBCOMMANDS == tuple(FederatedCLI.subcommands())
+    assert tuple(FederatedCLI.subcommands()) == SUBCOMMANDS
+    assert tuple(listed) == (*SUBCOMMANDS, *COMMANDS)
     assert "{" + ",".join(SUBCOMMANDS) + "}" in HELP
     for name, line in listed.items():
-        assert getattr(FederatedTrainer, name).__doc__.splitlines()[0] == line
+        command = COMMANDS.get(name) or getattr(FederatedTrainer, name)
+        assert command.__doc__.splitlines()[0] == line
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_commands_without_a_model_explain_themselves_at_once(name: str) -> None:
+    process = _run(name, "--help")
+    assert process.stdout.startswith(f"usage: fedsp {name} ")
+    assert process.stderr.splitlines()[-1] == "[]"
 
 
 def test_the_command_is_installed() -> None:

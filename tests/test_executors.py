@@ -16,7 +16,7 @@ from fedsp.client_state import ClientStateStore
 from fedsp.executors import InProcessExecutor, Reply, Simulation
 from fedsp.ledger import Ledger, read_ledger
 from fedsp.messages import (
-    PromptContract,
+    Contract,
     ServerBroadcast,
     decode_update,
     encode,
@@ -34,12 +34,14 @@ class World:
     client: ClientModule
     store: ClientStateStore
     ledger: Path
-    contract: PromptContract
+    contract: Contract
     prefix: torch.Tensor
     handout: bytes
 
     def broadcast(self, round_idx: int) -> bytes:
-        return encode(ServerBroadcast(round_idx, self.prefix), self.contract.wire_dtype)
+        return encode(
+            ServerBroadcast(round_idx, {"soft_prompt": self.prefix}), self.contract.wire_dtype
+        )
 
     def run(self, round_idx: int, cohort: list[int]) -> dict[int, Reply]:
         replies = self.executor.run(
@@ -55,10 +57,10 @@ class World:
         return decode_update(
             reply.data,
             self.contract,
-            reference=self.prefix,
+            reference={"soft_prompt": self.prefix},
             round_idx=round_idx,
             client_id=reply.client_id,
-        ).prefix
+        ).payload["soft_prompt"]
 
 
 def make_world(
@@ -77,7 +79,7 @@ def make_world(
     auxiliary = server.auxiliary_recipe.build(backbone)
     handout = encode_handout(auxiliary.handout())
     client.install(auxiliary, prompt.num_virtual_tokens)
-    contract = PromptContract(prompt.shape, wire_dtype, None)
+    contract = Contract({"soft_prompt": prompt.shape}, wire_dtype, None)
     store = ClientStateStore(folder / name / "clients")
     simulation = Simulation(
         fabric=Fabric(accelerator="cpu", devices=1),

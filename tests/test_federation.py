@@ -54,11 +54,13 @@ class Scripted(Executor):
         on_start: Callable[[int], None],
     ) -> Iterator[Reply]:
         self.received.append(broadcast)
-        prefix = decode_broadcast(broadcast, self.contract).prefix
+        prefix = decode_broadcast(broadcast, self.contract).payload["soft_prompt"]
         for client_id in cohort:
             on_start(client_id)
             own = self.change(prefix.clone(), round_idx, client_id)
-            update = ClientUpdate(round_idx, client_id, own, NUM_EXAMPLES[client_id])
+            update = ClientUpdate(
+                round_idx, client_id, {"soft_prompt": own}, NUM_EXAMPLES[client_id]
+            )
             stages = {}
             if client_id in self.losses:
                 stages["soft_prompt"] = StageResult(self.losses[client_id], 1, 1, 0.1)
@@ -132,14 +134,14 @@ def test_the_new_prompt_is_the_mean_of_the_clients_prompts(
     tmp_path: Path, weighted: bool, cohort: list[int]
 ) -> None:
     federation = make_federation(tmp_path, weighted=weighted)
-    start = federation.broadcast_prefix.clone()
+    start = federation.broadcast["soft_prompt"].clone()
     metrics = federation.collect(0, cohort, Calls())
     weights = [NUM_EXAMPLES[c] if weighted else 1 for c in cohort]
     total = torch.zeros_like(start, dtype=torch.float64)
     for weight, client_id in zip(weights, cohort, strict=True):
         total += weight * wander(start, 0, client_id).double()
     expected = (total / sum(weights)).float()
-    assert torch.equal(federation.broadcast_prefix, expected)
+    assert torch.equal(federation.broadcast["soft_prompt"], expected)
     assert torch.equal(federation.server.require_model()[1].prefix(), expected)
     assert metrics["round/clients"] == len(cohort)
     assert metrics["round/rejected_updates"] == 0
@@ -153,14 +155,14 @@ def test_fedavg_of_a_whole_run_is_the_mean_of_what_the_clients_sent(
 
     def catch(message: Any, wire_dtype: Any) -> bytes:
         if isinstance(message, ClientUpdate):
-            sent.setdefault(message.round_idx, []).append(message.prefix.clone())
+            sent.setdefault(message.round_idx, []).append(message.payload["soft_prompt"].clone())
         return encode(message, wire_dtype)
 
     means: list[Tensor] = []
 
     class Listen(FederatedCallback):
-        def on_aggregate_end(self, trainer: Any, round_idx: int, prefix: Tensor) -> None:
-            means.append(prefix.clone())
+        def on_aggregate_end(self, trainer: Any, round_idx: int, payload: Any) -> None:
+            means.append(payload["soft_prompt"].clone())
 
     monkeypatch.setattr("fedsp.executors.encode", catch)
     server = make_server(tmp_path, training=Stage(0))
@@ -184,7 +186,7 @@ def test_a_server_optimizer_over_two_rounds_equals_torchs_on_the_pseudo_gradient
     tmp_path: Path, optimizer: Any
 ) -> None:
     federation = make_federation(tmp_path, optimizer=optimizer)
-    by_hand = torch.nn.Parameter(federation.broadcast_prefix.clone())
+    by_hand = torch.nn.Parameter(federation.broadcast["soft_prompt"].clone())
     stepped = optimizer([by_hand])
     for round_idx in range(2):
         old = by_hand.detach().clone()
@@ -192,7 +194,7 @@ def test_a_server_optimizer_over_two_rounds_equals_torchs_on_the_pseudo_gradient
         by_hand.grad = old - mean
         stepped.step()
         federation.collect(round_idx, [0, 1, 2], Calls())
-        assert torch.equal(federation.broadcast_prefix, by_hand)
+        assert torch.equal(federation.broadcast["soft_prompt"], by_hand)
 
 
 def test_a_server_optimizer_saved_between_rounds_goes_on(tmp_path: Path) -> None:
@@ -206,7 +208,7 @@ def test_a_server_optimizer_saved_between_rounds_goes_on(tmp_path: Path) -> None
     assert resumed.executor.loaded == {"rounds": 1}  # type: ignore[attr-defined]
     for federation in (whole, resumed):
         federation.collect(1, [0, 1, 2], Calls())
-    assert torch.equal(whole.broadcast_prefix, resumed.broadcast_prefix)
+    assert torch.equal(whole.broadcast["soft_prompt"], resumed.broadcast["soft_prompt"])
 
 
 # --- refusals -----------------------------------------------------------------------------------
@@ -221,12 +223,12 @@ def test_rejected_updates_are_left_out_told_of_and_counted(tmp_path: Path) -> No
     federation = make_federation(
         tmp_path, misbehaving, communication=Communication(max_update_norm=10.0)
     )
-    start = federation.broadcast_prefix.clone()
+    start = federation.broadcast["soft_prompt"].clone()
     calls = Calls()
     metrics = federation.collect(0, [0, 1, 2], calls)
     assert metrics["round/clients"] == 3
     assert metrics["round/rejected_updates"] == 2
-    assert torch.allclose(federation.broadcast_prefix, start + 0.01, atol=1e-6)
+    assert torch.allclose(federation.broadcast["soft_prompt"], start + 0.01, atol=1e-6)
     rejected = [call for call in calls.made if call[0] == "on_update_rejected"]
     assert [(round_idx, client_id) for _, round_idx, client_id, _ in rejected] == [(0, 1), (0, 2)]
     assert "max_update_norm" in rejected[1][3]
@@ -241,10 +243,10 @@ def test_too_few_accepted_updates_keep_the_servers_prompt(
 ) -> None:
     communication = Communication(max_update_norm=10.0, min_updates=min_updates)
     federation = make_federation(tmp_path, misbehaving, communication=communication)
-    start = federation.broadcast_prefix.clone()
+    start = federation.broadcast["soft_prompt"].clone()
     calls = Calls()
     federation.collect(0, cohort, calls)
-    assert torch.equal(federation.broadcast_prefix, start) != adopted
+    assert torch.equal(federation.broadcast["soft_prompt"], start) != adopted
     assert ("on_aggregate_end" in calls.names()) == adopted
     assert torch.isfinite(federation.server.require_model()[1].prefix()).all()
 
@@ -263,17 +265,17 @@ def test_robust_rules_follow_the_honest_clients_of_a_round(tmp_path: Path) -> No
         (NormClipping(0.02 * length, CoordinateMedian()), 0.02),
     ):
         federation = make_federation(tmp_path, attack, aggregator=rule)
-        start = federation.broadcast_prefix.clone()
+        start = federation.broadcast["soft_prompt"].clone()
         assert start.numel() == length**2
         federation.collect(0, [0, 1, 2], Calls())
-        assert torch.allclose(federation.broadcast_prefix, start + expected, atol=1e-6)
+        assert torch.allclose(federation.broadcast["soft_prompt"], start + expected, atol=1e-6)
 
 
 def test_a_rule_is_not_asked_about_fewer_updates_than_it_needs(tmp_path: Path) -> None:
     federation = make_federation(tmp_path, misbehaving, aggregator=MultiKrum(0))
-    start = federation.broadcast_prefix.clone()
+    start = federation.broadcast["soft_prompt"].clone()
     federation.collect(0, [0, 1, 2], Calls())  # one of the three is rejected
-    assert torch.equal(federation.broadcast_prefix, start)
+    assert torch.equal(federation.broadcast["soft_prompt"], start)
 
 
 @pytest.mark.parametrize("fault", ["another client", "another round", "weights", "noise"])
@@ -285,10 +287,14 @@ def test_an_answer_that_is_not_that_clients_prompt_stops_the_run(
     class Foreign(Scripted):
         def run(self, *args: Any) -> Iterator[Reply]:
             for reply in super().run(*args):
-                prefix = federation.broadcast_prefix
+                prefix = federation.broadcast["soft_prompt"]
                 forged = {
-                    "another client": encode(ClientUpdate(0, 7, prefix, 1), "float32"),
-                    "another round": encode(ClientUpdate(5, reply.client_id, prefix, 1), "float32"),
+                    "another client": encode(
+                        ClientUpdate(0, 7, {"soft_prompt": prefix}, 1), "float32"
+                    ),
+                    "another round": encode(
+                        ClientUpdate(5, reply.client_id, {"soft_prompt": prefix}, 1), "float32"
+                    ),
                     "weights": encode_handout({"lm_head.weight": torch.zeros(4, 4)}),
                     "noise": b"not a message at all",
                 }[fault]
@@ -297,10 +303,10 @@ def test_an_answer_that_is_not_that_clients_prompt_stops_the_run(
     executor = Foreign(wander)
     executor.contract = federation.contract
     federation.executor = executor
-    start = federation.broadcast_prefix.clone()
+    start = federation.broadcast["soft_prompt"].clone()
     with pytest.raises(MessageError):
         federation.collect(0, [0], Calls())
-    assert torch.equal(federation.broadcast_prefix, start)
+    assert torch.equal(federation.broadcast["soft_prompt"], start)
 
 
 @pytest.mark.parametrize(
@@ -329,29 +335,29 @@ def test_idle_clients_leave_the_servers_prompt_as_it_is_whatever_the_wire(
         lambda prefix, round_idx, client_id: prefix,
         communication=Communication(wire_dtype=wire_dtype),
     )
-    start = federation.broadcast_prefix.clone()
+    start = federation.broadcast["soft_prompt"].clone()
     assert not torch.equal(start.bfloat16().float(), start)
     federation.collect(0, [0, 1, 2], Calls())
-    assert torch.allclose(federation.broadcast_prefix, start, atol=1e-7)
+    assert torch.allclose(federation.broadcast["soft_prompt"], start, atol=1e-7)
 
 
 def test_in_half_precision_the_server_moves_by_the_mean_change(tmp_path: Path) -> None:
     communication = Communication(wire_dtype="bfloat16")
     federation = make_federation(tmp_path, communication=communication)
-    start = federation.broadcast_prefix.clone()
+    start = federation.broadcast["soft_prompt"].clone()
     rounded = start.bfloat16().float()
     sent = torch.stack([wander(rounded, 0, c).bfloat16().float() for c in range(3)])
     federation.collect(0, [0, 1, 2], Calls())
     expected = start + (sent.mean(0) - rounded)
-    assert torch.allclose(federation.broadcast_prefix, expected, atol=1e-6)
+    assert torch.allclose(federation.broadcast["soft_prompt"], expected, atol=1e-6)
 
 
 def test_every_client_of_a_round_receives_the_same_bytes(tmp_path: Path) -> None:
     federation = make_federation(tmp_path)
-    start = federation.broadcast_prefix.clone()
+    start = federation.broadcast["soft_prompt"].clone()
     federation.collect(0, [0, 1, 2], Calls())
     (data,) = federation.executor.received  # type: ignore[attr-defined]
-    assert torch.equal(decode_broadcast(data, federation.contract).prefix, start)
+    assert torch.equal(decode_broadcast(data, federation.contract).payload["soft_prompt"], start)
 
 
 # --- hooks and metrics --------------------------------------------------------------------------
@@ -362,13 +368,15 @@ def test_the_hooks_of_a_round_come_in_order(tmp_path: Path) -> None:
     calls = Calls()
     federation.collect(3, [2, 0], calls)
     federation.train_server(3, calls)
-    assert [call[:3] for call in calls.made[:4]] == [
+    assert [call[:3] for call in calls.made[:6]] == [
         ("on_client_start", 3, 2),
         ("on_client_end", 3, 2),
+        ("on_update_accepted", 3, 2),
         ("on_client_start", 3, 0),
         ("on_client_end", 3, 0),
+        ("on_update_accepted", 3, 0),
     ]
-    assert calls.names()[4:] == [
+    assert calls.names()[6:] == [
         "on_aggregate_end",
         "on_server_train_start",
         "on_server_train_end",
@@ -405,7 +413,7 @@ def test_server_training_starts_from_the_aggregate(tmp_path: Path, average: bool
     backbone, prompt = federation.server.require_model()
     prompt.dropout = 0.0
     federation.collect(0, [0, 1, 2], Calls())
-    mean = federation.broadcast_prefix.clone()
+    mean = federation.broadcast["soft_prompt"].clone()
     values = torch.nn.Parameter(mean.clone())
     (batch,) = federation.data.server_dataloader(start_step=0, num_steps=1)
     logits, targets, _ = backbone.label_logits(batch, values)
@@ -415,7 +423,7 @@ def test_server_training_starts_from_the_aggregate(tmp_path: Path, average: bool
     trained = prompt.prefix()
     assert torch.allclose(trained, mean - 0.5 * gradient, atol=1e-6)
     assert metrics["server/train_loss"] == pytest.approx(float(loss.detach()), rel=1e-5)
-    assert torch.equal(federation.broadcast_prefix, mean if average else trained)
+    assert torch.equal(federation.broadcast["soft_prompt"], mean if average else trained)
 
 
 @pytest.mark.parametrize("absent", ["steps", "data"])
@@ -425,7 +433,7 @@ def test_without_server_steps_or_data_nothing_is_trained(tmp_path: Path, absent:
         federation.data = make_data(tmp_path, server=None)
         federation.data.limit_tokens(60)
         federation.data.setup("fit")
-    start = federation.broadcast_prefix.clone()
+    start = federation.broadcast["soft_prompt"].clone()
     calls = Calls()
     assert federation.train_server(0, calls) == {}
     assert calls.made == []
@@ -454,15 +462,19 @@ def test_a_saved_federation_goes_on_bit_for_bit(tmp_path: Path) -> None:
     for federation in (whole, resumed):
         federation.collect(1, [1, 2], Calls())
         federation.train_server(1, Calls())
-    assert torch.equal(whole.broadcast_prefix, resumed.broadcast_prefix)
-    assert torch.equal(whole.state_dict()["prefix"], resumed.state_dict()["prefix"])
+    assert torch.equal(whole.broadcast["soft_prompt"], resumed.broadcast["soft_prompt"])
+    assert torch.equal(
+        whole.state_dict()["payload"]["soft_prompt"], resumed.state_dict()["payload"]["soft_prompt"]
+    )
 
 
 def test_an_update_is_measured_against_what_was_broadcast(tmp_path: Path) -> None:
     """The largest allowed norm is of the change, not of the prompt."""
     federation = make_federation(tmp_path, communication=Communication(max_update_norm=3.0))
-    data = encode(ClientUpdate(0, 0, federation.broadcast_prefix, 1), "float32")
-    assert federation.broadcast_prefix.norm() > 3.0
+    data = encode(
+        ClientUpdate(0, 0, {"soft_prompt": federation.broadcast["soft_prompt"]}, 1), "float32"
+    )
+    assert federation.broadcast["soft_prompt"].norm() > 3.0
     decode_update(
-        data, federation.contract, reference=federation.broadcast_prefix, round_idx=0, client_id=0
+        data, federation.contract, reference=federation.broadcast, round_idx=0, client_id=0
     )

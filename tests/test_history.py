@@ -10,7 +10,8 @@ PREFIX = torch.zeros(1, 2, 1, 1, 1)
 
 def _offer(history: History, *losses: float) -> list[bool]:
     return [
-        history.offer(r, {"server/val_loss": loss}, PREFIX + r) for r, loss in enumerate(losses)
+        history.offer(r, {"server/val_loss": loss}, {"soft_prompt": PREFIX + r})
+        for r, loss in enumerate(losses)
     ]
 
 
@@ -19,13 +20,13 @@ def test_the_lowest_loss_is_the_best_round() -> None:
     assert _offer(history, 3.0, 2.0, 2.5, 2.0) == [True, True, False, False]
     assert history.best is not None
     assert (history.best.round_idx, history.best.value) == (1, 2.0)
-    assert torch.equal(history.best.prefix, PREFIX + 1)
+    assert torch.equal(history.best.payload["soft_prompt"], PREFIX + 1)
 
 
 def test_the_highest_accuracy_is_the_best_round() -> None:
     history = History(Evaluation(monitor="server/val_accuracy", mode="max"))
     for round_idx, value in enumerate((0.2, 0.5, 0.4)):
-        history.offer(round_idx, {"server/val_accuracy": value}, PREFIX)
+        history.offer(round_idx, {"server/val_accuracy": value}, {"soft_prompt": PREFIX})
     assert history.best is not None
     assert history.best.round_idx == 1
 
@@ -39,7 +40,7 @@ def test_patience_counts_evaluations_without_a_better_value() -> None:
     history = History(Evaluation(patience=2))
     _offer(history, 3.0, 2.0, 2.5)
     assert not history.should_stop
-    history.offer(3, {"server/val_loss": 2.1}, PREFIX)
+    history.offer(3, {"server/val_loss": 2.1}, {"soft_prompt": PREFIX})
     assert history.should_stop
 
 
@@ -60,7 +61,7 @@ def test_an_accuracy_without_choices_names_what_was_measured() -> None:
     with pytest.raises(
         ValueError, match=r"must be one of \['server/val_loss'\], got 'server/val_acc"
     ):
-        history.offer(0, {"server/val_loss": 1.0}, PREFIX)
+        history.offer(0, {"server/val_loss": 1.0}, {"soft_prompt": PREFIX})
 
 
 @pytest.mark.parametrize(("option", "value"), [("every_n_rounds", 0), ("patience", 0)])
@@ -78,3 +79,10 @@ def test_a_history_survives_its_state() -> None:
     restored.load_state_dict(history.state_dict())
     assert restored.state_dict() == history.state_dict()
     assert restored.rounds_done == 1
+
+
+def test_exact_match_cannot_be_monitored_where_nothing_is_written() -> None:
+    with pytest.raises(ValueError, match=r"needs completions .*`trainer.evaluation.generate_token"):
+        Evaluation(monitor="server/val_f1", mode="max")
+    with pytest.raises(ValueError, match=r"generate_tokens` must be at least 0, got -1"):
+        Evaluation(generate_tokens=-1)

@@ -127,10 +127,23 @@ def differences(one: Any, other: Any, path: str = "") -> list[str]:
     return [] if type(one) is type(other) and one == other else [path]
 
 
+def records(folder: Path) -> list[dict[str, Any]]:
+    """Lines of `rounds.jsonl`, wall-clock seconds aside."""
+    lines = [json.loads(line) for line in (folder / "rounds.jsonl").read_text().splitlines()]
+    for line in lines:
+        for stages in line["clients"].values():
+            for stage in stages.values():
+                del stage["seconds"]
+    return lines
+
+
 def assert_same_as_undisturbed(runs: Runs, name: str) -> None:
     whole, killed = runs.state("whole"), runs.state(name)
     assert {"federation", "history"} <= whole.keys()
     assert differences(whole, killed) == []
+    written = records(runs.folder / name)
+    assert [record["round"] for record in written] == list(range(ROUNDS))
+    assert written == records(runs.folder / "whole")
     results = [json.loads((runs.folder / n / "results.json").read_text()) for n in ("whole", name)]
     assert differences(*results) == []
     assert len(results[0]["rounds"]) == ROUNDS

@@ -20,8 +20,8 @@ from fedsp.messages import (
 )
 
 PREFIX = torch.zeros(2, 2, 1, 3, 4)
-BROADCAST = encode(ServerBroadcast(0, PREFIX), "float32")
-UPDATE = encode(ClientUpdate(0, 3, PREFIX, 17), "bfloat16")
+BROADCAST = encode(ServerBroadcast(0, {"soft_prompt": PREFIX}), "float32")
+UPDATE = encode(ClientUpdate(0, 3, {"soft_prompt": PREFIX}, 17), "bfloat16")
 HANDOUT = encode_handout({"norm": torch.ones(4), "embedding": torch.zeros(5, 4).bfloat16()})
 
 
@@ -197,7 +197,7 @@ def test_every_payload_that_left_a_killed_process_is_in_the_ledger(tmp_path):
         from fedsp.ledger import Ledger
         from fedsp.messages import ServerBroadcast, encode
 
-        data = encode(ServerBroadcast(0, torch.zeros(1, 2, 1, 1, 1)), "float32")
+        data = encode(ServerBroadcast(0, {"soft_prompt": torch.zeros(1, 2, 1, 1, 1)}), "float32")
         ledger = Ledger(Path(sys.argv[1]))
         for client in range(10**9):
             ledger.record(0, client, "down", data)

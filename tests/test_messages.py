@@ -13,8 +13,8 @@ from fedsp.messages import (
     MAX_OVERHEAD_BYTES,
     AuxiliaryHandout,
     ClientUpdate,
+    Contract,
     MessageError,
-    PromptContract,
     RejectedUpdate,
     ServerBroadcast,
     decode_broadcast,
@@ -27,7 +27,7 @@ from fedsp.messages import (
 
 SHAPE = (2, 2, 1, 3, 4)
 WIRE_DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
-CONTRACT = PromptContract(SHAPE, "float32", None)
+CONTRACT = Contract({"soft_prompt": SHAPE}, "float32", None)
 METADATA = {
     "fedsp_version": "1",
     "kind": "client_update",
@@ -43,11 +43,12 @@ def prompt(shape=SHAPE):
 
 def update(prefix=None, **numbers):
     fields = {"round_idx": 5, "client_id": 3, "num_examples": 17} | numbers
-    return ClientUpdate(prefix=prompt() if prefix is None else prefix, **fields)
+    return ClientUpdate(payload={"soft_prompt": prompt() if prefix is None else prefix}, **fields)
 
 
 def decode(data, contract=CONTRACT, reference=None, round_idx=5, client_id=3):
-    start = torch.zeros(contract.shape) if reference is None else reference
+    start = torch.zeros(contract.shapes["soft_prompt"]) if reference is None else reference
+    start = {"soft_prompt": start}
     return decode_update(data, contract, reference=start, round_idx=round_idx, client_id=client_id)
 
 
@@ -64,19 +65,21 @@ def forge(tensors=None, drop=(), **metadata):
 @pytest.mark.parametrize("num_virtual_tokens", [0, 1, 40])
 def test_an_update_comes_back_as_float32_rounded_to_the_wire_dtype(wire_dtype, num_virtual_tokens):
     shape = (3, 2, 2, num_virtual_tokens, 5)
-    contract = PromptContract(shape, wire_dtype, None)
+    contract = Contract({"soft_prompt": shape}, wire_dtype, None)
     came = decode(encode(update(prompt(shape)), wire_dtype), contract)
     assert (came.round_idx, came.client_id, came.num_examples) == (5, 3, 17)
-    assert came.prefix.dtype == torch.float32
-    assert torch.equal(came.prefix, prompt(shape).to(WIRE_DTYPES[wire_dtype]).float())
+    assert came.payload["soft_prompt"].dtype == torch.float32
+    assert torch.equal(
+        came.payload["soft_prompt"], prompt(shape).to(WIRE_DTYPES[wire_dtype]).float()
+    )
 
 
 @pytest.mark.parametrize("wire_dtype", WIRE_DTYPES)
 def test_a_broadcast_comes_back(wire_dtype):
-    data = encode(ServerBroadcast(7, prompt()), wire_dtype)
-    came = decode_broadcast(data, PromptContract(SHAPE, wire_dtype, None))
+    data = encode(ServerBroadcast(7, {"soft_prompt": prompt()}), wire_dtype)
+    came = decode_broadcast(data, Contract({"soft_prompt": SHAPE}, wire_dtype, None))
     assert came.round_idx == 7
-    assert torch.equal(came.prefix, prompt().to(WIRE_DTYPES[wire_dtype]).float())
+    assert torch.equal(came.payload["soft_prompt"], prompt().to(WIRE_DTYPES[wire_dtype]).float())
 
 
 def test_a_handout_comes_back_with_every_tensor_in_its_own_dtype():
@@ -105,7 +108,7 @@ def test_the_safetensors_library_reads_a_message():
 
 
 def test_a_message_by_the_safetensors_library_is_read():
-    assert torch.equal(decode(forge()).prefix, prompt())
+    assert torch.equal(decode(forge()).payload["soft_prompt"], prompt())
 
 
 def test_equal_messages_give_equal_bytes():
@@ -120,7 +123,7 @@ def test_a_message_weighs_its_numbers_and_at_most_one_kibibyte(wire_dtype):
         torch.zeros(1).expand(shape), round_idx=largest, client_id=largest, num_examples=largest
     )
     numbers = 80 * 2 * 128 * 9 * 256 * WIRE_DTYPES[wire_dtype].itemsize
-    assert PromptContract(shape, wire_dtype, None).num_bytes == numbers
+    assert Contract({"soft_prompt": shape}, wire_dtype, None).num_bytes == numbers
     assert numbers < len(encode(message, wire_dtype)) <= numbers + 1024
 
 
@@ -128,13 +131,15 @@ def test_a_message_detaches_and_leaves_the_sender_its_tensor():
     prefix = torch.nn.Parameter(prompt())
     encode(update(prefix), "float16")
     assert torch.equal(prefix, prompt())
-    assert decode(encode(update(prefix), "float32")).prefix.requires_grad is False
+    assert decode(encode(update(prefix), "float32")).payload["soft_prompt"].requires_grad is False
 
 
 # --- the sender ------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("make", [update, lambda prefix: ServerBroadcast(0, prefix)])
+@pytest.mark.parametrize(
+    "make", [update, lambda prefix: ServerBroadcast(0, {"soft_prompt": prefix})]
+)
 def test_values_beyond_float16_are_refused_at_the_sender(make):
     prefix = prompt()
     prefix[0, 0, 0, 0, 0] = 1e6
@@ -154,7 +159,7 @@ def test_values_beyond_bfloat16_are_refused_at_the_sender():
 @pytest.mark.parametrize("value", [math.nan, math.inf])
 def test_a_broadcast_that_is_not_finite_is_refused_at_the_sender(value):
     with pytest.raises(MessageError, match="NaN or infinity in round 2"):
-        encode(ServerBroadcast(2, torch.full(SHAPE, value)), "float32")
+        encode(ServerBroadcast(2, {"soft_prompt": torch.full(SHAPE, value)}), "float32")
 
 
 @pytest.mark.parametrize("number", [0, -1, 2**53, 1.5, True])
@@ -172,7 +177,7 @@ def test_an_unknown_wire_dtype_is_refused():
     with pytest.raises(ValueError, match=wanted):
         encode(update(), "int8")
     with pytest.raises(ValueError, match=wanted):
-        PromptContract(SHAPE, "int8", None)
+        Contract({"soft_prompt": SHAPE}, "int8", None)
 
 
 @pytest.mark.parametrize("norm", [0.0, -1.0, math.nan])
@@ -180,13 +185,13 @@ def test_a_norm_bound_that_bounds_nothing_is_refused(norm):
     with pytest.raises(
         ValueError, match=r"`trainer.communication.max_update_norm` must be above 0 or null, got"
     ):
-        PromptContract(SHAPE, "float32", norm)
+        Contract({"soft_prompt": SHAPE}, "float32", norm)
 
 
 @pytest.mark.parametrize("shape", [(2, 2, 1, 3), (2, 3, 1, 3, 4), (2, 2, 1, -3, 4)])
 def test_a_contract_of_another_shape_than_a_prompt_is_refused(shape):
     with pytest.raises(ValueError, match=r"\(L, 2, K, P, D\)"):
-        PromptContract(shape, "float32", None)
+        Contract({"soft_prompt": shape}, "float32", None)
 
 
 # --- what is refused -------------------------------------------------------------------------
@@ -300,7 +305,13 @@ def test_a_malformed_message_is_refused(data):
 
 
 def test_the_frame_of_the_malformed_messages_is_itself_sound():
-    assert decode(frame({"__metadata__": METADATA, "soft_prompt": ENTRY})).prefix.abs().sum() == 0
+    assert (
+        decode(frame({"__metadata__": METADATA, "soft_prompt": ENTRY}))
+        .payload["soft_prompt"]
+        .abs()
+        .sum()
+        == 0
+    )
 
 
 def test_a_broadcast_that_is_not_finite_is_refused_at_the_receiver():
@@ -330,24 +341,24 @@ def test_an_update_that_is_not_finite_travels_and_is_rejected(wire_dtype, value)
     prefix[1, 1, 0, 2, 3] = value
     data = encode(update(prefix), wire_dtype)
     with pytest.raises(RejectedUpdate, match="update of client 3 in round 5 holds NaN or infinity"):
-        decode(data, PromptContract(SHAPE, wire_dtype, 1e30))
+        decode(data, Contract({"soft_prompt": SHAPE}, wire_dtype, 1e30))
 
 
 def test_an_update_is_measured_from_the_reference_it_started_from():
     # 48 values, each 0.5 away: the norm is 0.5 * sqrt(48) = 3.4641.
     reference = prompt()
     data = encode(update(reference + 0.5), "float32")
-    decode(data, PromptContract(SHAPE, "float32", 3.465), reference)
+    decode(data, Contract({"soft_prompt": SHAPE}, "float32", 3.465), reference)
     wanted = r"by a norm of 3.464, `trainer.communication.max_update_norm` is 3.46$"
     with pytest.raises(RejectedUpdate, match=wanted):
-        decode(data, PromptContract(SHAPE, "float32", 3.46), reference)
+        decode(data, Contract({"soft_prompt": SHAPE}, "float32", 3.46), reference)
 
 
 def test_an_update_whose_norm_overflows_float32_is_rejected():
     largest = torch.finfo(torch.float32).max
     data = encode(update(torch.full(SHAPE, largest)), "float32")
-    with pytest.raises(RejectedUpdate, match="moved the soft prompt"):
-        decode(data, PromptContract(SHAPE, "float32", 1e38), torch.full(SHAPE, -largest))
+    with pytest.raises(RejectedUpdate, match="moved the payload"):
+        decode(data, Contract({"soft_prompt": SHAPE}, "float32", 1e38), torch.full(SHAPE, -largest))
 
 
 # --- hostile bytes ---------------------------------------------------------------------------
@@ -357,17 +368,17 @@ VALID = {name: encode(update(), name) for name in WIRE_DTYPES}
 
 
 def assert_refused_or_sound(data, wire_dtype):
-    contract = PromptContract(SHAPE, wire_dtype, 1e4)
+    contract = Contract({"soft_prompt": SHAPE}, wire_dtype, 1e4)
     try:
         came = decode(data, contract)
     except (MessageError, RejectedUpdate):
         return
     assert (came.round_idx, came.client_id) == (5, 3)
     assert 1 <= came.num_examples < 2**53
-    assert came.prefix.shape == SHAPE
-    assert came.prefix.dtype == torch.float32
-    assert torch.isfinite(came.prefix).all()
-    assert torch.linalg.vector_norm(came.prefix.double()) <= 1e4
+    assert came.payload["soft_prompt"].shape == SHAPE
+    assert came.payload["soft_prompt"].dtype == torch.float32
+    assert torch.isfinite(came.payload["soft_prompt"]).all()
+    assert torch.linalg.vector_norm(came.payload["soft_prompt"].double()) <= 1e4
 
 
 @FUZZ
@@ -375,7 +386,7 @@ def assert_refused_or_sound(data, wire_dtype):
 def test_random_bytes_never_crash_the_receiver(data, wire_dtype):
     for read in (decode, decode_broadcast, lambda data, _: describe(data)):
         with pytest.raises(MessageError):
-            read(data, PromptContract(SHAPE, wire_dtype, None))
+            read(data, Contract({"soft_prompt": SHAPE}, wire_dtype, None))
     for like in (None, {"a": torch.zeros(2)}):
         with pytest.raises(MessageError):
             decode_handout(data, like)
@@ -407,7 +418,7 @@ def test_every_truncation_is_refused(wire_dtype):
     message = VALID[wire_dtype]
     for length in range(len(message)):
         with pytest.raises(MessageError):
-            decode(message[:length], PromptContract(SHAPE, wire_dtype, None))
+            decode(message[:length], Contract({"soft_prompt": SHAPE}, wire_dtype, None))
 
 
 scalars = st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=5)
@@ -441,7 +452,7 @@ def test_headers_that_look_right_never_crash_the_receiver(header, size):
 
 @pytest.mark.parametrize("kind", [bytearray, memoryview])
 def test_any_buffer_is_read(kind):
-    assert torch.equal(decode(kind(VALID["float32"])).prefix, prompt())
+    assert torch.equal(decode(kind(VALID["float32"])).payload["soft_prompt"], prompt())
 
 
 # --- hand-out and description ----------------------------------------------------------------

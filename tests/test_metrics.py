@@ -2,7 +2,7 @@ import math
 
 import torch
 
-from fedsp.metrics import ChoiceAccuracy, TokenLoss
+from fedsp.metrics import AnswerMatch, ChoiceAccuracy, TokenLoss
 
 
 def test_token_loss_does_not_depend_on_how_tokens_are_batched() -> None:
@@ -45,3 +45,21 @@ def test_a_model_that_cannot_tell_the_choices_apart_is_right_by_position_only() 
     # argmax takes the first of equal scores, as lm-eval does: wrong for question 1, right for
     # question 2
     assert _accuracy(False, [-1.0] * 5, [1] * 5) == 0.5
+
+
+def test_written_answers_are_compared_as_squad_does() -> None:
+    """Figures by hand: articles, case and punctuation do not count, the closest reference does."""
+    match = AnswerMatch()
+    match.update(["The Cat!", " a big cat\nQuestion: next"], [["dog", "cat"], ["cat"]])
+    match.update(["dog"], [["cat"]])
+    result = match.compute()
+    assert math.isclose(result["exact_match"], 1 / 3, rel_tol=1e-6)
+    # precision 1/2 and recall 1 of the second answer
+    assert math.isclose(result["f1"], (1 + 2 / 3 + 0) / 3, rel_tol=1e-6)
+
+
+def test_an_answer_of_several_lines_is_compared_whole() -> None:
+    match = AnswerMatch()
+    match.update(["one\ntwo"], [["one\ntwo"]])
+    match.update(["one\nthree"], [["one\ntwo"]])
+    assert match.compute() == {"exact_match": 0.5, "f1": 0.75}

@@ -53,7 +53,7 @@ def loaded_client(server: ServerModule, **options: Any) -> ClientModule:
     client = make_client(**options)
     backbone, prompt = server.require_model()
     client.install(server.auxiliary_recipe.build(backbone), P)
-    client.receive(ServerBroadcast(0, prompt.prefix()))
+    client.receive(ServerBroadcast(0, {"soft_prompt": prompt.prefix()}))
     return client
 
 

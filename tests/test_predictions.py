@@ -124,7 +124,9 @@ def test_a_finished_run_predicts_with_its_best_prompt(tmp_path: Path) -> None:
     parts = make_server(tmp_path), make_client(), make_data(tmp_path)
     make_trainer(tmp_path / "run").predict(*parts, max_new_tokens=NEW)
     server = parts[0]
-    assert torch.equal(server.require_model()[1].prefix(), trainer.history.best.prefix)
+    assert torch.equal(
+        server.require_model()[1].prefix(), trainer.history.best.payload["soft_prompt"]
+    )
     lines = (tmp_path / "run" / "predictions.jsonl").read_text().splitlines()
     assert len(lines) == 12
     row = json.loads(lines[0])

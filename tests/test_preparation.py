@@ -393,7 +393,7 @@ def test_two_whole_runs_share_a_distilled_model_and_end_alike(tmp_path: Path) ->
         for name in ("one", "two")
     ]
     assert [trainer.preparation.cached for trainer in trainers] == [False, True]
-    prefixes = [trainer.federation.broadcast_prefix for trainer in trainers]
+    prefixes = [trainer.federation.broadcast["soft_prompt"] for trainer in trainers]
     assert torch.equal(*prefixes)
 
 

@@ -10,7 +10,7 @@ import torch
 from commands import command, make_config, write_config
 from fedsp.prompts import Prompts, room_for_prompt
 from fedsp.server import ServerModule
-from fedsp.tasks import MultipleChoice, PromptCompletion, RawText, Task
+from fedsp.tasks import ChatCompletion, MultipleChoice, PromptCompletion, RawText, Task
 from tiny import files, fit, make_client, make_data, make_server, make_trainer
 
 NEW = 4
@@ -99,6 +99,7 @@ def test_prompts_of_different_length_are_padded_on_the_left(
         ),
         (PromptCompletion(), {"prompt": "x"}, "x", ["prompt"]),
         (MultipleChoice(question="Q: {question}"), {"question": "x"}, "Q: x", ["question"]),
+        (ChatCompletion(prompt=" {ask}{more?}"), {"ask": "x"}, "x", ["ask", "more"]),
     ],
 )
 def test_a_prompt_needs_only_its_own_fields(
@@ -168,6 +169,18 @@ def test_options_that_cannot_work_are_refused(
     outcome = command("predict", "--config", run, *given)
     assert f"fedsp: error: {message}" in outcome.err
     assert outcome.status == 1
+
+
+def test_a_chats_prompt_is_all_that_comes_before_the_answer(tmp_path: Path) -> None:
+    """The same tokens as the prompt of a whole example."""
+    template = "{% for m in messages %}<{{ m.role }}>{{ m.content }};{% endfor %}"
+    template += "{% if add_generation_prompt %}<assistant>{% endif %}"
+    task = ChatCompletion(system="S", template=template)
+    tokenizer = make_data(tmp_path).tokenizer
+    (ids,) = task.encode_prompts([{"prompt": "1+2"}], tokenizer)
+    assert tokenizer.decode(ids) == "<system>S;<user>1+2;<assistant>"
+    (example,) = task.encode([{"prompt": "1+2", "completion": "3"}], tokenizer)
+    assert ids == example.prompt_ids
 
 
 def test_a_task_without_a_prompt_has_nothing_to_continue(tmp_path: Path) -> None:

@@ -89,4 +89,4 @@ def test_a_prompt_of_no_tokens_is_the_bare_global_model(tmp_path: Path) -> None:
 
 def test_a_server_without_a_model_says_what_to_call(tmp_path: Path) -> None:
     with pytest.raises(RuntimeError, match="call `configure_model\\(\\)` first"):
-        make_server(tmp_path).broadcast(0)
+        make_server(tmp_path).payload()

@@ -13,8 +13,8 @@ from fedsp.soft_prompt import (
     SoftPrompt,
     TextInit,
     ZerosInit,
-    gather_layers,
-    scatter_layers,
+    pool_layers,
+    spread_layers,
 )
 
 KV_SHAPE = (3, 2, 4)
@@ -243,25 +243,33 @@ def test_a_negative_spread_is_refused() -> None:
 
 def test_scattered_layers_go_back_to_where_they_came_from() -> None:
     full = some_prefix()
-    small = gather_layers(full, (0, 2))
+    small = pool_layers(full, [[0], [2]])
     assert torch.equal(small, torch.stack([full[0], full[2]]))
-    back = scatter_layers(small + 1, (0, 2), full)
+    back = spread_layers(small + 1, [[0], [2]], full)
     assert torch.equal(back, torch.stack([full[0] + 1, full[1], full[2] + 1]))
     assert torch.equal(full, some_prefix())
 
 
 def test_gathering_passes_gradients() -> None:
     full = some_prefix().requires_grad_()
-    gather_layers(full, [1]).sum().backward()
+    pool_layers(full, [[1]]).sum().backward()
     assert full.grad is not None
     assert full.grad.sum((1, 2, 3, 4)).tolist() == [0.0, 80.0, 0.0]
 
 
-def test_layer_maps_that_do_not_fit_are_refused() -> None:
+def test_a_layer_that_stands_for_several_reads_their_mean_and_writes_to_all() -> None:
     full = some_prefix()
-    with pytest.raises(ValueError, match=r"\[0, 2\] for 3 layers, got \[0, 3\]"):
-        gather_layers(full, [0, 3])
-    with pytest.raises(ValueError, match=r"every layer once, got \[1, 1\]"):
-        scatter_layers(full[:2], [1, 1], full)
+    small = pool_layers(full, [[0, 2], [1]])
+    assert torch.allclose(small[0], (full[0] + full[2]) / 2)
+    back = spread_layers(small, [[0, 2], [1]], full)
+    assert torch.equal(back, torch.stack([small[0], full[1], small[0]]))
+
+
+def test_slots_that_do_not_fit_are_refused() -> None:
+    full = some_prefix()
+    with pytest.raises(ValueError, match=r"\[0, 2\] for 3 layers, got \[\[0\], \[3\]\]"):
+        pool_layers(full, [[0], [3]])
+    with pytest.raises(ValueError, match=r"every layer at most once, got \[\[1\], \[1\]\]"):
+        spread_layers(full[:2], [[1], [1]], full)
     with pytest.raises(ValueError, match=r"\[1, 2, 2, 5, 4\] were expected, got \[2, 2, 2, 5, 4\]"):
-        scatter_layers(full[:2], [1], full)
+        spread_layers(full[:2], [[1]], full)

@@ -10,6 +10,7 @@ import pytest
 from datasets import Dataset
 
 from fedsp.docstrings import read_docstrings
+from fedsp.layouts import arc
 from fedsp.sources import Docstrings, Files, Hub, content_hash
 
 ROWS = [{"prompt": "a\u2028b", "completion": " c"}, {"prompt": "d", "completion": ' "e",\nf'}]
@@ -127,6 +128,38 @@ def test_a_hub_data_set_out_of_reach_names_what_was_asked_for() -> None:
     message = r"`name`='nobody/nothing', `subset`=None, `split`='dev', `revision`='v1' cannot be"
     with pytest.raises(ValueError, match=message):
         Hub("nobody/nothing", split="dev", revision="v1").load()
+
+
+def test_a_layout_brings_rows_into_the_form_of_a_task(tmp_path: Path) -> None:
+    row = {"question": "q", "choices": {"text": ["x", "y"], "label": ["A", "B"]}, "answerKey": "B"}
+    file = Path(write(tmp_path / "train.jsonl", json.dumps(row)))
+    datasets.disable_progress_bars()
+    source = Hub(str(tmp_path), layout=arc)
+    assert list(source.load()) == [{"question": "q", "choices": ["x", "y"], "answer": 1}]
+    write(file, json.dumps({**row, "answerKey": "C"}))
+    message = (
+        r"split 'train': row 0 does not fit `layout`=arc: ValueError.* Its fields are question"
+    )
+    with pytest.raises(ValueError, match=message):
+        source.load()
+
+
+def test_a_folder_takes_the_place_of_the_hub_split_by_split(tmp_path: Path) -> None:
+    write(tmp_path / "train.jsonl.gz", gzip.compress(LINES.encode()))
+    write(tmp_path / "dev.csv", CSV)
+    source = Hub("nobody/nothing", layout=arc, folder=str(tmp_path))
+    assert list(source.load()) == ROWS
+    assert list(source.other_split("dev").load()) == ROWS
+    for split, found in (("test", "none"), ("train", "train.jsonl, train.jsonl.gz")):
+        write(tmp_path / "train.jsonl", LINES)
+        message = f"must hold one file of the split '{split}', named {split} with one of"
+        with pytest.raises(ValueError, match=f"{message}.*; found: {re.escape(found)} "):
+            source.other_split(split).load()
+
+
+def test_only_a_data_set_with_splits_has_another_one() -> None:
+    with pytest.raises(ValueError, match=r"'test' names a split of `data\.clients`, and Files has"):
+        Files("rows.jsonl").other_split("test")
 
 
 def test_docstrings_are_the_readers_rows_package_by_package() -> None:

@@ -10,14 +10,8 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
 from fedsp.examples import Example
-from fedsp.tasks import (
-    MultipleChoice,
-    PromptCompletion,
-    RawText,
-    Task,
-    leading_ids,
-    tokenizer_hash,
-)
+from fedsp.tasks import ChatCompletion, MultipleChoice, PromptCompletion, RawText, Task
+from fedsp.tokenization import leading_ids, tokenizer_hash
 from toy_text import byte_tokenizer
 
 BOS, EOS = 0, 1
@@ -156,6 +150,21 @@ def test_the_answer_is_an_index_or_a_label(
             {**QUESTION, "answer": 0, "marks": ["1", "2"]},
             "one of the labels 1, 2 or",
         ),
+        (
+            PromptCompletion(references="all"),
+            {"prompt": "a", "completion": "b"},
+            "`data.task.references` names the field 'all', which row 7 lacks",
+        ),
+        (
+            PromptCompletion(references="all"),
+            {"prompt": "a", "completion": "b", "all": []},
+            "`data.task.references`='all' must give a list of non-empty texts, got [] in row 7",
+        ),
+        (
+            PromptCompletion(references="all"),
+            {"prompt": "a", "completion": "b", "all": "b"},
+            "must give a list of non-empty texts, got 'b' in row 7",
+        ),
         (MultipleChoice(), {**QUESTION, "choices": ["one"]}, "must give at least two choices"),
         (MultipleChoice(), {**QUESTION, "choices": "one"}, "must give at least two choices"),
         (MultipleChoice(), {**QUESTION, "choices": ["one", ""]}, "must give non-empty texts"),
@@ -200,6 +209,88 @@ def test_an_end_of_text_token_is_asked_for_where_there_is_none() -> None:
 def test_a_constant_prompt_and_an_empty_field_are_fine() -> None:
     example = encode_one(PromptCompletion(""), {"completion": ""})
     assert example == Example([], [[EOS]], 0, [1])
+
+
+@pytest.mark.parametrize("fields", [{}, {"context": None}, {"context": ""}])
+def test_an_optional_field_is_empty_where_a_row_lacks_it(fields: dict[str, Any]) -> None:
+    task = MultipleChoice("{context?}|{question}")
+    assert task.render({**QUESTION, **fields}, 0).prompt == "|2+2?"
+    assert task.render({**QUESTION, "context": "Sums."}, 0).prompt == "Sums.|2+2?"
+
+
+@pytest.mark.parametrize(
+    ("task", "row", "expected"),
+    [
+        (PromptCompletion(), {"prompt": "a", "completion": " b "}, ["b"]),
+        (
+            PromptCompletion(references="all"),
+            {"prompt": "a", "completion": " b", "all": ["b", " c "]},
+            ["b", "c"],
+        ),
+        (MultipleChoice(), QUESTION, ["four"]),
+        (RawText(), {"text": " a b\n"}, ["a b"]),
+        (ChatCompletion(), {"prompt": "a", "completion": " b"}, ["b"]),
+    ],
+)
+def test_right_answers_are_known_without_space_around_them(
+    task: Task, row: dict[str, Any], expected: list[str]
+) -> None:
+    assert task.references_of(row) == expected
+
+
+CHATS = {
+    "marks of its own": (
+        "{{ bos_token }}{% for m in messages %}<{{ m.role }}>\n{{ m.content }}</s>\n{% endfor %}"
+        "{% if add_generation_prompt %}<assistant>\n{% endif %}"
+    ),
+    "no start token, no mark before the answer": (
+        "{% for m in messages %}{% if m.role == 'assistant' %}A: {{ m.content }}{{ eos_token }}"
+        "{% else %}[{{ m.content }}] {% endif %}{% endfor %}"
+    ),
+}
+
+
+@pytest.mark.parametrize("system", [None, "Be {brief}."])
+@pytest.mark.parametrize("own", [True, False], ids=["tokenizers template", "given template"])
+@pytest.mark.parametrize("template", CHATS.values(), ids=CHATS)
+def test_a_chat_has_the_tokens_of_transformers(
+    template: str, own: bool, system: str | None
+) -> None:
+    tokenizer = byte_tokenizer(bos=True)
+    if own:
+        tokenizer.chat_template = template
+    task = ChatCompletion("Do {task}.", "{done} ", system, template=None if own else template)
+    rows = [{"task": "it", "done": " Was\ndone"}, {"task": "more", "done": "No"}]
+    examples = task.encode(rows, tokenizer)
+    for row, example in zip(rows, examples, strict=True):
+        turns = [
+            {"role": "user", "content": f"Do {row['task']}."},
+            {"role": "assistant", "content": row["done"].strip()},
+        ]
+        if system is not None:
+            turns.insert(0, {"role": "system", "content": system})
+        options = {"chat_template": template, "return_dict": False}
+        whole = tokenizer.apply_chat_template(turns, **options)
+        before = tokenizer.apply_chat_template(turns[:-1], add_generation_prompt=True, **options)
+        assert example.prompt_ids == before
+        assert example.prompt_ids + example.completions[0] == whole
+        assert example.num_chars == [len(row["done"].strip())]
+
+
+@pytest.mark.parametrize(
+    ("template", "message"),
+    [
+        (None, "`data.task.template` must be a chat template in Jinja, since `data.tokenizer` has"),
+        ("{{ raise_exception('no system') }}", "refuses the roles system, user: no system."),
+        ("{% if %}", "refuses the roles system, user: "),
+        ("{{ messages | length }}", "as its prompt and the answer behind it, got the prompt '2'"),
+        ("no answer", "got the prompt 'no answer' and the whole 'no answer'"),
+    ],
+)
+def test_a_chat_template_that_cannot_be_used_is_refused(template: str | None, message: str) -> None:
+    task = ChatCompletion(system="s", template=template)
+    with pytest.raises(ValueError, match=re.escape(message)):
+        task.encode([{"prompt": "a", "completion": "b"}], byte_tokenizer())
 
 
 def test_all_rows_are_encoded_in_order_over_batches(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -259,5 +350,8 @@ def test_the_tokenizers_hash_is_of_what_it_does() -> None:
     tokenizer(["a", "bc"], padding=True, truncation=True, max_length=1)
     assert tokenizer_hash(tokenizer) == before == tokenizer_hash(byte_tokenizer())
     assert tokenizer_hash(byte_tokenizer(bos=True)) != before
+    tokenizer.chat_template = "{{ messages }}"
+    assert tokenizer_hash(tokenizer) != before
+    tokenizer.chat_template = None
     tokenizer.eos_token = "<s>"
     assert tokenizer_hash(tokenizer) != before

@@ -103,7 +103,7 @@ def test_one_round_of_one_client_equals_training_by_hand(tmp_path: Path) -> None
         norm = gradient.norm()
         with torch.no_grad():
             values -= 0.5 * gradient * min(1.0, 1.0 / (norm + 1e-6))
-    assert torch.allclose(trainer.federation.broadcast_prefix, values, atol=1e-6)
+    assert torch.allclose(trainer.federation.broadcast["soft_prompt"], values, atol=1e-6)
 
 
 def make_ready(folder: Path) -> Any:
@@ -184,7 +184,7 @@ def test_autocast_is_on_in_every_step_exactly_when_asked_for(
     trainer = fit(tmp_path, tmp_path / "run", precision=precision, num_rounds=1, callbacks=[watch])
     assert watch.dtypes["server"] == {dtype}
     assert dtype in watch.dtypes["client"]
-    assert trainer.federation.broadcast_prefix.dtype == torch.float32
+    assert trainer.federation.broadcast["soft_prompt"].dtype == torch.float32
 
 
 def test_a_zero_length_prompt_changes_nothing(tmp_path: Path) -> None:
@@ -227,7 +227,7 @@ def test_the_plain_average_can_be_broadcast(tmp_path: Path) -> None:
         )
         prompt = trainer.server.require_model()[1]
         prompt.load_state_dict(_state(tmp_path / name, 1)["tree"]["federation"]["soft_prompt"])
-        results[name] = torch.equal(trainer.federation.broadcast_prefix, prompt.prefix())
+        results[name] = torch.equal(trainer.federation.broadcast["soft_prompt"], prompt.prefix())
     assert results == {"server": True, "average": False}
 
 
@@ -321,7 +321,7 @@ def test_early_stopping_ends_the_run(tmp_path: Path) -> None:
         tmp_path,
         tmp_path / "run",
         server=make_server(tmp_path, training=Stage(steps=0)),
-        sampler=UniformSampler(clients_per_round=0),
+        client=make_client(auxiliary=Stage(steps=0), soft_prompt=Stage(steps=0)),
         num_rounds=9,
         evaluation=Evaluation(patience=2),
     )
@@ -335,7 +335,9 @@ def test_the_best_round_is_what_is_exported(tmp_path: Path) -> None:
 
     trainer = fit(tmp_path, tmp_path / "run")
     assert trainer.history.best is not None
-    assert torch.equal(import_adapter(tmp_path / "run" / "adapter"), trainer.history.best.prefix)
+    assert torch.equal(
+        import_adapter(tmp_path / "run" / "adapter"), trainer.history.best.payload["soft_prompt"]
+    )
 
 
 # --- messages
@@ -382,7 +384,8 @@ class Diverging(ClientModule):
     def update(self, client_id: int, num_examples: int) -> ClientUpdate:
         honest = super().update(client_id, num_examples)
         change = {1: float("nan"), 2: 1e9}.get(client_id, 0.0)
-        return ClientUpdate(honest.round_idx, client_id, honest.prefix + change, num_examples)
+        payload = {name: tensor + change for name, tensor in honest.payload.items()}
+        return ClientUpdate(honest.round_idx, client_id, payload, num_examples)
 
 
 def _diverging() -> ClientModule:
@@ -410,7 +413,7 @@ def test_bad_updates_are_rejected_counted_and_the_round_goes_on(tmp_path: Path) 
     assert [client_id for client_id, _ in reasons] == [1, 2]
     assert "NaN" in reasons[0][1]
     assert "max_update_norm" in reasons[1][1]
-    assert torch.isfinite(trainer.federation.broadcast_prefix).all()
+    assert torch.isfinite(trainer.federation.broadcast["soft_prompt"]).all()
 
 
 def test_too_few_updates_keep_the_servers_prompt(tmp_path: Path) -> None:
@@ -423,7 +426,7 @@ def test_too_few_updates_keep_the_servers_prompt(tmp_path: Path) -> None:
         num_rounds=1,
         communication=Communication(max_update_norm=100.0, min_updates=2),
     )
-    assert torch.equal(trainer.federation.broadcast_prefix, _initial_prefix(tmp_path))
+    assert torch.equal(trainer.federation.broadcast["soft_prompt"], _initial_prefix(tmp_path))
 
 
 def test_a_foreign_tensor_stops_the_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,6 +1,6 @@
-"""How updates become one soft prompt: a mean or a robust rule, and a server optimizer.
+"""How updates become the server's next payload: a mean or a robust rule, a server optimizer.
 
-Axes: the prefix is [L, 2, K, P, D]; C updates of a round, N numbers of an update.
+Axes: C updates of a round, N numbers of an update.
 """
 
 from abc import ABC, abstractmethod
@@ -12,6 +12,7 @@ from lightning.pytorch.cli import OptimizerCallable
 from torch import Tensor
 
 from fedsp.messages import ClientUpdate
+from fedsp.payload import Payload, Shapes, flatten, shapes_of, unflatten
 from fedsp.robust import (
     clip_change,
     coordinate_median,
@@ -49,11 +50,11 @@ class Aggregator(ABC):
             )
 
     @abstractmethod
-    def reset(self, reference: Tensor) -> None:
+    def reset(self, reference: Payload) -> None:
         """Forget everything of the last round.
 
         Args:
-            reference: [L, 2, K, P, D] The prompt that the cohort starts from.
+            reference: What the cohort starts from.
         """
 
     @abstractmethod
@@ -61,8 +62,8 @@ class Aggregator(ABC):
         """Take one checked update in."""
 
     @abstractmethod
-    def result(self) -> Tensor:
-        """Return the combined prefix, [L, 2, K, P, D] fp32.
+    def result(self) -> Payload:
+        """Return the combined payload in fp32.
 
         Raises:
             RuntimeError: If no update was added.
@@ -80,26 +81,27 @@ class StreamingMean(Aggregator):
                 alike.
         """
         self.weight_by_examples = weight_by_examples
-        self._sum: Tensor | None = None
+        self._sums: dict[str, Tensor] = {}
         self._weight = 0.0
 
-    def reset(self, reference: Tensor) -> None:
+    def reset(self, reference: Payload) -> None:
         """Forget everything of the last round."""
-        self._sum, self._weight = None, 0.0
+        self._sums, self._weight = {}, 0.0
 
     def add(self, update: ClientUpdate) -> None:
         """Take one checked update in."""
         weight = float(update.num_examples) if self.weight_by_examples else 1.0
-        # float64: the sum of a thousand prompts must not depend on the order to fp32 accuracy
-        weighted = update.prefix.to("cpu", torch.float64) * weight
-        self._sum = weighted if self._sum is None else self._sum.add_(weighted)
+        for name, tensor in update.payload.items():
+            # float64: the sum of a thousand prompts must not depend on the order to fp32 accuracy
+            weighted = tensor.to("cpu", torch.float64) * weight
+            self._sums[name] = self._sums[name].add_(weighted) if name in self._sums else weighted
         self._weight += weight
 
-    def result(self) -> Tensor:
-        """Return the mean prefix, [L, 2, K, P, D] fp32; see `Aggregator.result`."""
-        if self._sum is None:
+    def result(self) -> Payload:
+        """Return the mean; see `Aggregator.result`."""
+        if not self._weight:
             raise RuntimeError("expected at least one update to aggregate, got none")
-        return (self._sum / self._weight).float()
+        return {name: (total / self._weight).float() for name, total in self._sums.items()}
 
 
 class RobustRule(Aggregator):
@@ -110,22 +112,22 @@ class RobustRule(Aggregator):
 
     def __init__(self) -> None:
         """Start without updates."""
-        self._updates: list[Tensor] = []
+        self._updates: list[Payload] = []
 
-    def reset(self, reference: Tensor) -> None:
+    def reset(self, reference: Payload) -> None:
         """Forget everything of the last round."""
         self._updates = []
 
     def add(self, update: ClientUpdate) -> None:
         """Keep one checked update."""
-        self._updates.append(update.prefix)
+        self._updates.append(update.payload)
 
-    def result(self) -> Tensor:
-        """Return the combined prefix, [L, 2, K, P, D] fp32; see `Aggregator.result`."""
+    def result(self) -> Payload:
+        """Return the combined payload; see `Aggregator.result`."""
         if not self._updates:
             raise RuntimeError("expected at least one update to aggregate, got none")
-        combined = self.combine(torch.stack([_as_vector(update) for update in self._updates]))
-        return _like(combined, self._updates[0])
+        combined = self.combine(torch.stack([flatten(update) for update in self._updates]))
+        return unflatten(combined.float(), shapes_of(self._updates[0]))
 
     @abstractmethod
     def combine(self, updates: Tensor) -> Tensor:
@@ -246,9 +248,9 @@ class NormClipping(Aggregator):
         self.aggregator = aggregator or StreamingMean()
         self.min_updates = self.aggregator.min_updates
         self.requirement = self.aggregator.requirement
-        self._reference: Tensor | None = None
+        self._reference: Payload | None = None
 
-    def reset(self, reference: Tensor) -> None:
+    def reset(self, reference: Payload) -> None:
         """Forget everything of the last round and keep what changes are measured from."""
         self._reference = reference
         self.aggregator.reset(reference)
@@ -261,27 +263,17 @@ class NormClipping(Aggregator):
         """
         if self._reference is None:
             raise RuntimeError("expected the broadcast before an update; call `reset()` first")
-        sent, came = _as_vector(self._reference), _as_vector(update.prefix)
-        clipped = clip_change(came, sent, self.max_norm)
-        self.aggregator.add(replace(update, prefix=_like(clipped, update.prefix)))
+        sent, came = flatten(self._reference), flatten(update.payload)
+        clipped = clip_change(came, sent, self.max_norm).float()
+        self.aggregator.add(replace(update, payload=unflatten(clipped, shapes_of(update.payload))))
 
-    def result(self) -> Tensor:
-        """Return the combined prefix, [L, 2, K, P, D] fp32; see `Aggregator.result`."""
+    def result(self) -> Payload:
+        """Return the combined payload; see `Aggregator.result`."""
         return self.aggregator.result()
 
 
-def _as_vector(prefix: Tensor) -> Tensor:
-    """Return all numbers of an update in one row, [N] fp32."""
-    return prefix.float().cpu().flatten()
-
-
-def _like(vector: Tensor, prefix: Tensor) -> Tensor:
-    """Put [N] numbers back in the form that `_as_vector` took them out of, fp32."""
-    return vector.float().reshape(prefix.shape)
-
-
 class ServerOptimizer:
-    """Steps the server's prefix with any `torch.optim` class.
+    """Steps what the server tunes with any `torch.optim` class.
 
     The gradient it sees is the pseudo-gradient `old - aggregate`.
 
@@ -305,44 +297,48 @@ class ServerOptimizer:
                 raise ValueError(f"`trainer.server_optimizer` cannot be built: {error}") from error
         self._factory = optimizer
         self._optimizer: torch.optim.Optimizer | None = None
-        self._prefix: torch.nn.Parameter | None = None
+        self._parameters: dict[str, torch.nn.Parameter] = {}
 
-    def _build(self, shape: torch.Size) -> None:
+    def _build(self, shapes: Shapes) -> None:
         if self._factory is not None and self._optimizer is None:
-            self._prefix = torch.nn.Parameter(torch.zeros(shape))
-            self._optimizer = self._factory([self._prefix])
+            # in the order of the names: the state of a resumed run is told apart by place
+            self._parameters = {
+                name: torch.nn.Parameter(torch.zeros(shapes[name])) for name in sorted(shapes)
+            }
+            self._optimizer = self._factory(self._parameters.values())
 
-    def step(self, prefix: Tensor, aggregate: Tensor) -> Tensor:
-        """Return the server's new prefix.
+    def step(self, payload: Payload, aggregate: Payload) -> Payload:
+        """Return what the server tunes from here.
 
         Args:
-            prefix: [L, 2, K, P, D] What was broadcast.
-            aggregate: [L, 2, K, P, D] What the cohort made of it.
+            payload: What was broadcast.
+            aggregate: What the cohort made of it.
 
         Returns:
-            [L, 2, K, P, D] fp32.
+            float32 tensors of its own.
         """
-        self._build(prefix.shape)
-        if self._optimizer is None or self._prefix is None:
-            return aggregate.clone()
-        with torch.no_grad():
-            self._prefix.copy_(prefix)
-        self._prefix.grad = prefix.detach().float().cpu() - aggregate
+        self._build(shapes_of(payload))
+        if self._optimizer is None:
+            return {name: tensor.clone() for name, tensor in aggregate.items()}
+        for name, parameter in self._parameters.items():
+            with torch.no_grad():
+                parameter.copy_(payload[name])
+            parameter.grad = payload[name].detach().float().cpu() - aggregate[name]
         self._optimizer.step()
-        return self._prefix.detach().clone()
+        return {name: it.detach().clone() for name, it in self._parameters.items()}
 
     def state_dict(self) -> dict[str, Any]:
         """Return the optimizer's state, empty before the first step."""
         return {} if self._optimizer is None else self._optimizer.state_dict()
 
-    def load_state_dict(self, state: dict[str, Any], shape: tuple[int, ...]) -> None:
+    def load_state_dict(self, state: dict[str, Any], shapes: Shapes) -> None:
         """Restore what `state_dict` returned.
 
         Args:
             state: The saved state; empty leaves the optimizer fresh.
-            shape: Shape of the prefix, (L, 2, K, P, D).
+            shapes: Shape of every tensor of the payload.
         """
         if state:
-            self._build(torch.Size(shape))
+            self._build(shapes)
             if self._optimizer is not None:
                 self._optimizer.load_state_dict(state)

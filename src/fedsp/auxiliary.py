@@ -22,27 +22,52 @@ class Auxiliary(nn.Module):
 
     Attributes:
         backbone: Runs it, with the methods of the global model's backbone.
-        layer_map: Global layer whose prompt slot each of its layers reads.
+        slots: Global layers whose prompt slots each of its layers stands for.
+        sources: Global layer that each of its layers is made from.
     """
 
     def __init__(
-        self, backbone: Backbone, layer_map: Sequence[int], global_num_parameters: int
+        self,
+        backbone: Backbone,
+        slots: Sequence[Sequence[int]],
+        sources: Sequence[int],
+        global_num_parameters: int,
     ) -> None:
         """Take what `AuxiliaryRecipe.build` made.
 
         Args:
             backbone: The auxiliary's model; its own parameters require a gradient, no others.
-            layer_map: Global layer of each of its layers.
+            slots: Global layers whose prompt slots each of its layers stands for.
+            sources: Global layer that each of its layers is made from.
             global_num_parameters: Size of the global model, for `summary`.
         """
         super().__init__()
         self.backbone = backbone
-        self.layer_map = tuple(layer_map)
+        self.slots = tuple(map(tuple, slots))
+        self.sources = tuple(sources)
         self._global_num_parameters = global_num_parameters
+        self._borrowed = frozenset(
+            id(p) for p in backbone.model.parameters() if not p.requires_grad
+        )
         # By name, so that a stage may switch gradients off without changing what is trainable.
         self._trainable_names = tuple(
             name for name, p in backbone.model.named_parameters() if p.requires_grad
         )
+
+    def leave_out(self, tuned: Collection[nn.Parameter]) -> None:
+        """Take what travels out of what the auxiliary stage trains and the client keeps.
+
+        Raises:
+            ValueError: If it is shared with the global model: training it would change that too.
+        """
+        owned = {id(parameter) for parameter in tuned}
+        if owned & self._borrowed:
+            raise ValueError(
+                "`model.tuned_weights` would train weights that the clients' model shares with the "
+                "global model. Set `model.auxiliary.train_embeddings` to true, or tune others."
+            )
+        kept = self.trainable().items()
+        self._trainable_names = tuple(name for name, p in kept if id(p) not in owned)
 
     def trainable(self) -> dict[str, nn.Parameter]:
         """Return the model's own parameters, each under one name that never changes."""
@@ -114,7 +139,7 @@ class Auxiliary(nn.Module):
         rest = set(self.backbone.model.parameters()) - embeddings - cell - head
         total = self.num_parameters()
         return {
-            "num_layers": len(self.layer_map),
+            "num_layers": len(self.sources),
             "embeddings": _count(embeddings),
             "cell": _count(cell),
             "norm": _count(rest),
@@ -126,7 +151,12 @@ class Auxiliary(nn.Module):
 
 
 class AuxiliaryRecipe(ABC):
-    """Which of the global model's layers an auxiliary model is made of."""
+    """Which of the global model's layers an auxiliary model is made of.
+
+    `is_taught` is False where it has no parameters of its own to be trained.
+    """
+
+    is_taught = True
 
     def __init__(self, train_embeddings: bool = False) -> None:
         """Keep what all recipes share.
@@ -148,9 +178,16 @@ class AuxiliaryRecipe(ABC):
             ValueError: If the recipe does not fit a model of so many layers.
         """
 
-    @abstractmethod
-    def slots(self, num_layers: int) -> list[int]:
-        """Return the global layer whose prompt slot each of the auxiliary's layers reads."""
+    def slots(self, num_layers: int) -> list[list[int]]:
+        """Return the global layers whose prompt slots each of the auxiliary's layers stands for.
+
+        By default every layer reads the slot that it reads in the global model.
+        """
+        return [[source] for source in self.sources(num_layers)]
+
+    def shared(self, backbone: Backbone) -> set[nn.Parameter]:
+        """Return the global model's parameters that the auxiliary uses as they are, frozen."""
+        return set() if self.train_embeddings else _embeddings(backbone) | _head(backbone)
 
     def check(self, num_layers: int) -> None:
         """Refuse a model that the recipe does not fit, before anything is built.
@@ -178,9 +215,8 @@ class AuxiliaryRecipe(ABC):
         """
         num_layers = len(backbone.layers)
         sources, slots = self.sources(num_layers), self.slots(num_layers)
-        shared = set() if self.train_embeddings else _embeddings(backbone) | _head(backbone)
-        size = _count(backbone.model.parameters())
-        return Auxiliary(_derive(backbone, sources, shared), slots, size)
+        derived = _derive(backbone, sources, self.shared(backbone))
+        return Auxiliary(derived, slots, sources, _count(backbone.model.parameters()))
 
 
 class SharedCell(AuxiliaryRecipe):
@@ -225,9 +261,9 @@ class SharedCell(AuxiliaryRecipe):
             )
         return [self.start + index % self.cell_size for index in range(num_layers)]
 
-    def slots(self, num_layers: int) -> list[int]:
+    def slots(self, num_layers: int) -> list[list[int]]:
         """Return every layer: each repetition reads a slot of its own."""
-        return list(range(num_layers))
+        return [[layer] for layer in range(num_layers)]
 
 
 class KeptLayers(AuxiliaryRecipe):
@@ -288,10 +324,6 @@ class KeptLayers(AuxiliaryRecipe):
             )
         gaps = max(self.num_layers - 1, 1)
         return [index * (num_layers - 1) // gaps for index in range(self.num_layers)]
-
-    def slots(self, num_layers: int) -> list[int]:
-        """Return the kept layers: each reads the slot that it reads in the global model."""
-        return self.sources(num_layers)
 
 
 def _derive(

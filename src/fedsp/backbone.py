@@ -6,18 +6,17 @@ Axis letters: B batch, T text tokens, P virtual tokens, L layers, K key/value he
 E embedding size, V vocabulary, N label positions.
 """
 
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager, nullcontext
-from functools import partial
+from collections.abc import Mapping
+from contextlib import nullcontext
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel
 from transformers.cache_utils import Cache, DynamicCache, DynamicLayer
 
+from fedsp.choice_tree import depths, predecessors, seen_text, tree_masks
 from fedsp.positions import mask_with_prompt, padding_to_the_right, rotate, text_positions
 from fedsp.pretrained import (
     NAME_OPTION,
@@ -30,6 +29,7 @@ from fedsp.pretrained import (
     resolve,
     text_option,
 )
+from fedsp.recompute import recomputed
 from fedsp.seeding import isolated_rng
 
 __all__ = ["Backbone", "BackboneSpec", "KVShape", "load_backbone", "load_tokenizer", "resolve"]
@@ -167,6 +167,35 @@ class Backbone(nn.Module):
         rows, columns = (targets != IGNORED_LABEL).nonzero(as_tuple=True)
         return self.logits(hidden[rows, columns]), targets[rows, columns], rows
 
+    def choice_logits(
+        self, batch: Mapping[str, Tensor], prefix: Tensor | None = None
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Score the tokens of every choice; all choices of a question share one run of its prompt.
+
+        Args:
+            batch: "input_ids" and "attention_mask" [B, T] int64, padded on the right, each row a
+                prompt and all its choices; "choice" [B, T] int64, the index in the batch of the
+                choice that a token belongs to, -1 elsewhere; "is_answer" [choices].
+            prefix: [L, 2, K, P, D] soft prompt or None.
+
+        Returns:
+            [N, V] logits, [N] int64 targets, and [N] int64 choice that each comes from. A choice
+            without a prompt loses its first token, which nothing predicts.
+
+        Raises:
+            ValueError: As `hidden_states`.
+        """
+        ids, mask, choice = batch["input_ids"], batch["attention_mask"], batch["choice"]
+        if len(batch["is_answer"]) == len(ids):
+            # of one choice each, the rows are plain text, for which attention has faster kernels
+            hidden = self.hidden_states(ids, mask, prefix)
+        else:
+            hidden = self._tree_states(ids, seen_text(mask, choice), prefix)
+        before = predecessors(mask, choice)
+        rows, columns = ((choice >= 0) & (before >= 0)).nonzero(as_tuple=True)
+        logits = self.logits(hidden[rows, before[rows, columns]])
+        return logits, ids[rows, columns], choice[rows, columns]
+
     @torch.no_grad()
     def keys_values(self, input_ids: Tensor) -> Tensor:
         """Return the keys and values of real tokens, placed right before the text to come.
@@ -296,18 +325,40 @@ class Backbone(nn.Module):
     def _rotary(self) -> nn.Module | None:
         return dict(self.decoder.named_children()).get("rotary_emb")
 
+    def _tree_states(self, input_ids: Tensor, seen: Tensor, prefix: Tensor | None) -> Tensor:
+        """Run rows in which every token sees what `seen` [B, T, T] says, and the whole prompt."""
+        positions = depths(seen) + self._start(prefix)
+        self._check_length(int(positions.max()) + 1)
+        mask = tree_masks(
+            seen,
+            0 if prefix is None else prefix.shape[3],
+            layer_types=text_option(self.model, "layer_types"),
+            window=text_option(self.model, "sliding_window"),
+            dtype=self.dtype,
+        )
+        return self._decode(input_ids, mask, positions, self._read_only_cache(prefix))
+
     def _run(
         self, input_ids: Tensor, attention_mask: Tensor, cache: Cache | None, start: int
     ) -> Tensor:
+        mask = mask_with_prompt(attention_mask, 0 if cache is None else cache.get_seq_length())
+        return self._decode(input_ids, mask, text_positions(attention_mask, start), cache)
+
+    def _decode(
+        self,
+        input_ids: Tensor,
+        mask: Tensor | dict[str, Tensor],
+        positions: Tensor,
+        cache: Cache | None,
+    ) -> Tensor:
         embeds = self.model.get_input_embeddings()(input_ids)
-        num_virtual_tokens = 0 if cache is None else cache.get_seq_length()
         recompute = self.spec.gradient_checkpointing and torch.is_grad_enabled()
-        with _checkpointed(self.layers) if recompute else nullcontext():
+        with recomputed(self.layers) if recompute else nullcontext():
             output = self.decoder(
                 # An auxiliary model shares bfloat16 embeddings under float32 layers.
                 inputs_embeds=embeds.to(self.dtype),
-                attention_mask=mask_with_prompt(attention_mask, num_virtual_tokens),
-                position_ids=text_positions(attention_mask, start),
+                attention_mask=mask,
+                position_ids=positions,
                 past_key_values=cache,
                 use_cache=False,
             )
@@ -392,25 +443,6 @@ class _PrefixLayer(DynamicLayer):
             for prefix, new in zip(self._prefix, (key_states, value_states), strict=True)
         )
         return keys, values
-
-
-@contextmanager
-def _checkpointed(layers: nn.ModuleList) -> Iterator[None]:
-    """Recompute every layer in the backward pass of what is run inside.
-
-    transformers' own switch takes the prompt away from the layers; see docs/footguns.md#22.
-    `forward` is wrapped and not `__call__`, so that the hooks of sharding stay outside.
-    """
-    before = [(layer.__dict__, layer.__dict__.get("forward")) for layer in layers]
-    try:
-        for layer in layers:
-            layer.__dict__["forward"] = partial(checkpoint, layer.forward, use_reentrant=False)
-        yield
-    finally:
-        for attributes, forward in before:
-            attributes.pop("forward", None)
-            if forward is not None:
-                attributes["forward"] = forward
 
 
 def _close(got: Tensor, expected: Tensor, dtype: torch.dtype) -> bool:

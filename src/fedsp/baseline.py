@@ -26,6 +26,18 @@ class ServerOnlyBaseline(FederatedCallback):
         self._optimization: Any = None
         self._history: History | None = None
 
+    def on_setup_start(self, trainer: Any) -> None:
+        """Refuse a method that tunes something else than a soft prompt on the global model.
+
+        Raises:
+            ValueError: If it does.
+        """
+        if trainer.server.tuned_weights is not None or trainer.server.deploy_auxiliary:
+            raise ValueError(
+                "`trainer.callbacks`: ServerOnlyBaseline tunes a soft prompt on the global model, "
+                "and this method tunes something else. Leave the callback out."
+            )
+
     def on_fit_start(self, trainer: Any) -> None:
         """Make the twin from the initial prompt.
 
@@ -42,7 +54,7 @@ class ServerOnlyBaseline(FederatedCallback):
         initial = trainer.history.best
         if round_idx == 0 and initial is not None:
             history = self._require_history()
-            history.best = Best(-1, initial.value, initial.prefix)
+            history.best = Best(-1, initial.value, initial.payload)
 
     def on_round_metrics(self, trainer: Any, round_idx: int, metrics: dict[str, float]) -> None:
         """Train the twin for the round, and measure it where the server was measured."""
@@ -52,8 +64,7 @@ class ServerOnlyBaseline(FederatedCallback):
         measured = trainer.measure(self._twin, "selection")
         metrics |= {f"{_BASELINE}{name}": value for name, value in measured.items()}
         as_server = {f"{_SERVER}{name}": value for name, value in measured.items()}
-        prefix = self._twin.require_model()[1].prefix().cpu()
-        self._require_history().offer(round_idx, as_server, prefix)
+        self._require_history().offer(round_idx, as_server, self._twin.payload())
 
     def on_test_end(self, trainer: Any, results: dict[str, Any]) -> None:
         """Test the twin's best prompt beside FedSP's.
@@ -65,7 +76,7 @@ class ServerOnlyBaseline(FederatedCallback):
         """
         best = self._require_history().best
         if best is not None:
-            self._twin.require_model()[1].load_prefix(best.prefix)
+            self._twin.load_payload(best.payload)
             monitor = trainer.history.evaluation.monitor.replace(_SERVER, _BASELINE, 1)
             results.setdefault("selection", {})["server_only"] = {
                 "round": best.round_idx,

@@ -23,8 +23,8 @@ class Batching:
 
     Args:
         batch_size: Examples of a training batch, at least 1.
-        eval_batch_size: Rows of an evaluation batch, at least 1; every choice of a question is a
-            row, and a question is never divided.
+        eval_batch_size: Choices of an evaluation batch, at least 1; those of a question stay
+            together behind one run of its prompt. A text without choices counts as one.
         length_grouping: Put examples of similar length together, which saves padding. Off: fully
             random.
     """
@@ -120,14 +120,14 @@ class StepBatches(Sampler[list[int]]):
 
 
 def eval_batches(
-    lengths: Sequence[int], num_rows: Sequence[int], eval_batch_size: int
+    lengths: Sequence[int], num_choices: Sequence[int], eval_batch_size: int
 ) -> list[list[int]]:
     """Put examples together by length, the longest first, so that too little memory shows at once.
 
     Args:
-        lengths: Tokens of every example's longest row.
-        num_rows: Rows (choices) of every example.
-        eval_batch_size: Rows of a batch; an example with more is a batch by itself.
+        lengths: Tokens of every example's row.
+        num_choices: Choices of every example.
+        eval_batch_size: Choices of a batch; an example with more is a batch by itself.
 
     Returns:
         Indices of every example once.
@@ -135,11 +135,11 @@ def eval_batches(
     batches: list[list[int]] = []
     room = 0
     for idx in sorted(range(len(lengths)), key=lambda idx: (-lengths[idx], idx)):
-        if num_rows[idx] > room or not batches:
+        if num_choices[idx] > room or not batches:
             batches.append([])
             room = eval_batch_size
         batches[-1].append(idx)
-        room -= num_rows[idx]
+        room -= num_choices[idx]
     return batches
 
 

@@ -10,6 +10,8 @@ from typing import Any
 
 from torch import Tensor
 
+from fedsp.payload import Payload
+
 
 class FederatedCallback:
     """Does nothing at any point; override what is wanted.
@@ -44,11 +46,16 @@ class FederatedCallback:
     ) -> None:
         """A client's answer is in; `stages` maps a stage to its `StageResult`."""
 
+    def on_update_accepted(
+        self, trainer: Any, round_idx: int, client_id: int, update: Payload, reference: Payload
+    ) -> None:
+        """An update goes into the aggregate; `reference` is the broadcast that it started from."""
+
     def on_update_rejected(self, trainer: Any, round_idx: int, client_id: int, reason: str) -> None:
         """An update was left out of the aggregate."""
 
-    def on_aggregate_end(self, trainer: Any, round_idx: int, prefix: Tensor) -> None:
-        """The server's prompt holds the aggregate, [L, 2, K, P, D]."""
+    def on_aggregate_end(self, trainer: Any, round_idx: int, payload: Payload) -> None:
+        """The server holds the aggregate; `payload` maps names to tensors."""
 
     def on_server_train_start(self, trainer: Any, round_idx: int) -> None:
         """The server is about to train the aggregate on its own data."""

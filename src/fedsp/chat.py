@@ -15,7 +15,8 @@ from transformers import PreTrainedTokenizerBase, TextStreamer
 from fedsp.prompts import check_length, room_for_prompt
 from fedsp.seeding import isolated_rng, seed_for
 from fedsp.server import ServerModule
-from fedsp.tasks import Task, leading_ids
+from fedsp.tasks import Task
+from fedsp.tokenization import leading_ids
 
 
 @dataclass(frozen=True)
@@ -114,17 +115,15 @@ def converse(
 
 @torch.no_grad()
 def _answer(server: ServerModule, ids: list[int], manner: Manner) -> None:
-    backbone, prompt = server.require_model()
     text = torch.tensor([ids], device=server.device)
     streamer = TextStreamer(server.tokenizer, skip_prompt=True, skip_special_tokens=True)
     sampling: dict[str, Any] = {"do_sample": False}
     if manner.temperature > 0:
         sampling = {"do_sample": True, "temperature": manner.temperature}
-    backbone.generate(
-        text,
-        torch.ones_like(text),
-        None if manner.without_prompt else prompt(),
-        max_new_tokens=manner.max_new_tokens,
-        streamer=streamer,
-        **sampling,
-    )
+    options = {"max_new_tokens": manner.max_new_tokens, "streamer": streamer, **sampling}
+    mask = torch.ones_like(text)
+    if manner.without_prompt:
+        with server.as_delivered() as backbone:
+            backbone.generate(text, mask, None, **options)
+    else:
+        server.require_deployed().generate(text, mask, server.prefix(), **options)

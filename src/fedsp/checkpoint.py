@@ -11,7 +11,7 @@ from typing import Any
 
 from fedsp.state_files import load_state, remove_temporary_files, save_state
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 
 _NAME = "round-{:06d}.safetensors"
 _BEST = "best.safetensors"

@@ -1,5 +1,6 @@
 """The client's role: an auxiliary model and a soft prompt, trained on private data."""
 
+from collections.abc import Collection
 from typing import Any
 
 import torch
@@ -10,10 +11,12 @@ from torch.nn import Parameter
 from fedsp.auxiliary import Auxiliary
 from fedsp.losses import token_cross_entropy
 from fedsp.messages import ClientUpdate, ServerBroadcast
+from fedsp.payload import SOFT_PROMPT
 from fedsp.scoring import Scores, score
 from fedsp.seeding import stream
-from fedsp.soft_prompt import SoftPrompt, check_options, gather_layers, scatter_layers
+from fedsp.soft_prompt import SoftPrompt, check_options, pool_layers, spread_layers
 from fedsp.stages import Stage
+from fedsp.tuned import TunedWeights, Weights, load_weights, weights_payload
 
 STAGES = ("auxiliary", "soft_prompt")
 
@@ -28,6 +31,7 @@ class ClientModule(LightningModule):
         dropout: float = 0.0,
         reparameterization_size: int | None = None,
         keep_optimizers: bool = True,
+        joint: bool = False,
         proximal_weight: float = 0.0,
     ) -> None:
         """Keep the settings; the auxiliary model comes from the server.
@@ -36,42 +40,69 @@ class ClientModule(LightningModule):
             auxiliary: First stage of a round: the auxiliary model learns from the client's data,
                 the prompt is frozen. `steps: 0` leaves it out and keeps the auxiliary model as
                 handed out.
-            soft_prompt: Second stage: the prompt learns, the auxiliary model is frozen.
+            soft_prompt: Second stage: what travels learns (the soft prompt, or the weights that
+                `model.tuned_weights` names), the rest of the auxiliary model is frozen.
             dropout: Share of the prefix's numbers dropped while the prompt learns, in [0, 1).
             reparameterization_size: Width of a two-layer MLP that makes the prefix on the client;
                 null trains the prefix itself. The MLP never travels.
             keep_optimizers: Carry the optimizers' moments from one participation to the next; the
                 schedules always go on.
+            joint: Train both at once instead of one after the other, each with the optimizer of its
+                own stage; both stages must have the same number of steps.
             proximal_weight: FedProx's mu, at least 0: half of it times the prompt's squared
                 distance from the received one is added to the loss of the second stage.
 
         Raises:
-            ValueError: If a number is out of its range.
+            ValueError: If a number is out of its range, or joint stages differ in their steps.
         """
         super().__init__()
         check_options("client.", 0, dropout, reparameterization_size)
+        if joint and auxiliary.batches != soft_prompt.batches:
+            raise ValueError(
+                "`client.joint` needs as many steps and batches in `client.auxiliary` as in "
+                f"`client.soft_prompt`, got {auxiliary.steps} and {soft_prompt.steps} steps."
+            )
         if not proximal_weight >= 0:
             raise ValueError(f"`client.proximal_weight` must be at least 0, got {proximal_weight}.")
         self.stages = {"auxiliary": auxiliary, "soft_prompt": soft_prompt}
+        self.joint = joint
         self.dropout = dropout
         self.reparameterization_size = reparameterization_size
         self.keep_optimizers = keep_optimizers
         self.proximal_weight = proximal_weight
         self.auxiliary: Auxiliary | None = None
         self.soft_prompt: SoftPrompt | None = None
-        self.stage = "soft_prompt"
+        self._weights: Weights = {}
         self._received: ServerBroadcast | None = None
         self._start: Tensor | None = None
 
-    def install(self, auxiliary: Auxiliary, num_virtual_tokens: int, seed: int = 0) -> None:
+    @property
+    def passes(self) -> tuple[tuple[str, ...], ...]:
+        """What a round trains, one pass over the data after the other: the stages of each."""
+        return (STAGES,) if self.joint else tuple((name,) for name in STAGES)
+
+    def install(
+        self,
+        auxiliary: Auxiliary,
+        num_virtual_tokens: int,
+        seed: int = 0,
+        tuned_weights: TunedWeights | None = None,
+    ) -> None:
         """Take the auxiliary model in: round 0's hand-out.
 
         Args:
             auxiliary: The model as the server made it.
             num_virtual_tokens: Length of the prompt that will be received.
             seed: Seed of the reparameterisation's first weights.
+            tuned_weights: The weights of the model that travel too.
+
+        Raises:
+            ValueError: If the model has no such weights, or only such as it must not train.
         """
         self.auxiliary = auxiliary
+        if tuned_weights is not None:
+            self._weights = tuned_weights.select(auxiliary.backbone, auxiliary.sources, seed)
+            auxiliary.leave_out(self._weights.values())
         self.soft_prompt = SoftPrompt(
             auxiliary.backbone.kv_shape,
             num_virtual_tokens,
@@ -91,13 +122,15 @@ class ClientModule(LightningModule):
         return self.auxiliary, self.soft_prompt
 
     def receive(self, broadcast: ServerBroadcast) -> None:
-        """Start a round from the server's prompt."""
+        """Start a round from what the server sent."""
         auxiliary, prompt = self.require_model()
-        prompt.load_prefix(gather_layers(broadcast.prefix, auxiliary.layer_map))
+        if SOFT_PROMPT in broadcast.payload:
+            prompt.load_prefix(pool_layers(broadcast.payload[SOFT_PROMPT], auxiliary.slots))
+        load_weights(self._weights, broadcast.payload)
         self._received, self._start = broadcast, prompt.prefix()
 
     def update(self, client_id: int, num_examples: int) -> ClientUpdate:
-        """Return what leaves the client: its prompt and its number of examples, nothing else.
+        """Return what leaves the client: its payload and its number of examples, nothing else.
 
         Layers that the auxiliary model lacks keep the server's values.
 
@@ -107,23 +140,27 @@ class ClientModule(LightningModule):
         auxiliary, prompt = self.require_model()
         if self._received is None:
             raise RuntimeError("expected a broadcast before an update; call `receive()` first")
-        prefix = scatter_layers(prompt.prefix().cpu(), auxiliary.layer_map, self._received.prefix)
-        return ClientUpdate(self._received.round_idx, client_id, prefix, num_examples)
+        payload = weights_payload(self._weights)
+        if SOFT_PROMPT in self._received.payload:
+            full = self._received.payload[SOFT_PROMPT]
+            payload[SOFT_PROMPT] = spread_layers(prompt.prefix().cpu(), auxiliary.slots, full)
+        return ClientUpdate(self._received.round_idx, client_id, payload, num_examples)
 
     def stage_parameters(self, stage: str) -> dict[str, Parameter]:
         """Return what a stage trains, by name."""
         auxiliary, prompt = self.require_model()
-        return auxiliary.trainable() if stage == "auxiliary" else dict(prompt.named_parameters())
+        if stage == "auxiliary":
+            return auxiliary.trainable()
+        return dict(prompt.named_parameters()) | self._weights
 
-    def set_stage(self, stage: str) -> None:
-        """Freeze all but what the stage trains; only that part is in training mode (dropout)."""
+    def set_stages(self, names: Collection[str]) -> None:
+        """Freeze all but what the stages train; only that is in training mode (dropout)."""
         auxiliary, prompt = self.require_model()
-        self.stage = stage
-        auxiliary.train(stage == "auxiliary")
-        prompt.train(stage == "soft_prompt")
+        auxiliary.train("auxiliary" in names)
+        prompt.train("soft_prompt" in names)
         for name in STAGES:
             for parameter in self.stage_parameters(name).values():
-                parameter.requires_grad_(name == stage)
+                parameter.requires_grad_(name in names)
                 parameter.grad = None
 
     def training_step(self, batch: dict[str, Tensor], batch_idx: int) -> Tensor:
@@ -149,8 +186,8 @@ class ClientModule(LightningModule):
         return score(auxiliary.backbone, batch, prompt())
 
     def configure_optimizers(self) -> torch.optim.Optimizer:
-        """Return the optimizer of the current stage."""
-        return self.stages[self.stage].optimizer(self.stage_parameters(self.stage).values())
+        """Return the optimizer of what travels."""
+        return self.stages["soft_prompt"].optimizer(self.stage_parameters("soft_prompt").values())
 
     def private_state(self) -> dict[str, Any]:
         """Return what the client keeps between rounds: only what its stages trained, on the CPU."""

@@ -1,6 +1,6 @@
 """Examples to padded batches. Nothing here tokenises, sorts or shuffles.
 
-Axis letters: B examples, R rows (one a choice), T text tokens.
+Axis letters: B examples, C choices, T text tokens.
 """
 
 from collections.abc import Sequence
@@ -8,6 +8,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from fedsp.choice_tree import OF_PROMPT
 from fedsp.examples import Example
 
 IGNORED_LABEL = -100
@@ -24,28 +25,47 @@ def collate(examples: Sequence[Example], pad_id: int) -> dict[str, Tensor]:
         `input_ids`, `attention_mask` and `labels`, each [B, T] int64. Labels are the token ids of
         the completion and -100 at the prompt and the padding; they are not shifted.
     """
-    return _pad_right([(ex.prompt_ids, ex.completions[ex.answer]) for ex in examples], pad_id)
+    rows = [ex.prompt_ids + ex.completions[ex.answer] for ex in examples]
+    input_ids, attention_mask = _pad_right(rows, pad_id)
+    labels = input_ids.masked_fill(attention_mask == 0, IGNORED_LABEL)
+    for idx, example in enumerate(examples):
+        labels[idx, : len(example.prompt_ids)] = IGNORED_LABEL
+    return {"input_ids": input_ids, "attention_mask": attention_mask, "labels": labels}
 
 
 def collate_choices(examples: Sequence[Example], pad_id: int) -> dict[str, Tensor]:
-    """Make every choice of every example a row, padded on the right.
+    """Put every example with all its choices into one row, padded on the right.
 
     Args:
         examples: At least one.
         pad_id: Token id at padded places.
 
     Returns:
-        As `collate` with [R, T], and of each row `question` [R] int64, the index of its example in
-        `examples`, `is_answer` [R] bool and `num_chars` [R] int64.
+        `input_ids` and `attention_mask` [B, T] int64; `choice` [B, T] int64, the index in the batch
+        of the choice that a token belongs to, -1 at prompts and padding; and of each choice
+        `question` [C] int64, the index of its example in `examples`, `is_answer` [C] bool and
+        `num_chars` [C] int64.
     """
-    rows = [(ex.prompt_ids, choice) for ex in examples for choice in ex.completions]
-    batch = _pad_right(rows, pad_id)
+    rows = [ex.prompt_ids + [token for ids in ex.completions for token in ids] for ex in examples]
+    input_ids, attention_mask = _pad_right(rows, pad_id)
+    choice = torch.full_like(input_ids, OF_PROMPT)
+    num_before = 0
+    for idx, example in enumerate(examples):
+        sizes = torch.tensor([len(ids) for ids in example.completions])
+        choices = torch.arange(num_before, num_before + len(sizes))
+        start = len(example.prompt_ids)
+        choice[idx, start : start + int(sizes.sum())] = choices.repeat_interleave(sizes)
+        num_before += len(sizes)
     counts = torch.tensor([len(ex.completions) for ex in examples])
-    batch["question"] = torch.repeat_interleave(torch.arange(len(examples)), counts)
     is_answer = [idx == ex.answer for ex in examples for idx in range(len(ex.completions))]
-    batch["is_answer"] = torch.tensor(is_answer, dtype=torch.bool)
-    batch["num_chars"] = torch.tensor([n for ex in examples for n in ex.num_chars])
-    return batch
+    return {
+        "input_ids": input_ids,
+        "attention_mask": attention_mask,
+        "choice": choice,
+        "question": torch.arange(len(examples)).repeat_interleave(counts),
+        "is_answer": torch.tensor(is_answer, dtype=torch.bool),
+        "num_chars": torch.tensor([n for ex in examples for n in ex.num_chars]),
+    }
 
 
 def collate_prompts(
@@ -71,14 +91,12 @@ def collate_prompts(
     return {"input_ids": input_ids, "attention_mask": attention_mask, "row": torch.tensor(rows)}
 
 
-def _pad_right(rows: Sequence[tuple[list[int], list[int]]], pad_id: int) -> dict[str, Tensor]:
-    width = max(len(prompt) + len(completion) for prompt, completion in rows)
+def _pad_right(rows: Sequence[list[int]], pad_id: int) -> tuple[Tensor, Tensor]:
+    """Return ids and mask, each [B, T] int64."""
+    width = max(len(row) for row in rows)
     input_ids = torch.full((len(rows), width), pad_id)
     attention_mask = torch.zeros_like(input_ids)
-    labels = torch.full_like(input_ids, IGNORED_LABEL)
-    for idx, (prompt, completion) in enumerate(rows):
-        ids = torch.tensor(prompt + completion, dtype=torch.long)
-        input_ids[idx, : len(ids)] = ids
-        attention_mask[idx, : len(ids)] = 1
-        labels[idx, len(prompt) : len(ids)] = ids[len(prompt) :]
-    return {"input_ids": input_ids, "attention_mask": attention_mask, "labels": labels}
+    for idx, row in enumerate(rows):
+        input_ids[idx, : len(row)] = torch.tensor(row, dtype=torch.long)
+        attention_mask[idx, : len(row)] = 1
+    return input_ids, attention_mask

@@ -20,14 +20,15 @@ from fedsp.batching import Batching, StepBatches, eval_batches, make_loader
 from fedsp.collate import collate, collate_choices, collate_prompts
 from fedsp.examples import TokenStore
 from fedsp.partition import Partitioner, carve
-from fedsp.portions import Limit, Portion, check_filled, fit_portion, warn_of_losses
+from fedsp.portions import Limit, Portion, check_filled, fit_portion, pool, warn_of_losses
 from fedsp.pretrained import BackboneSpec, check_vocabulary, load_tokenizer, resolve
 from fedsp.run_folder import cache_folder
 from fedsp.sources import DataSource, content_hash
-from fedsp.tasks import Task, leading_ids, tokenizer_hash
+from fedsp.tasks import Task
 from fedsp.token_cache import load_or_build
+from fedsp.tokenization import leading_ids, tokenizer_hash
 
-Split = DataSource | int | float | None
+Split = DataSource | int | float | str | None
 # The order in which rows are carved out: a split is the same whatever comes after it.
 _SPLITS = ("test", "selection", "server", "public")
 _DEFAULT_BATCHING = Batching()
@@ -45,6 +46,7 @@ class FederatedDataModule(LightningDataModule):
         public: Split = None,
         selection: Split = 0.1,
         test: Split = 0.1,
+        pool_clients: bool = False,
         public_task: Task | None = None,
         batching: Batching = _DEFAULT_BATCHING,
         tokenizer: str | None = None,
@@ -58,12 +60,15 @@ class FederatedDataModule(LightningDataModule):
             clients: Source of the clients' data.
             task: What a row means.
             partitioner: Who owns which row of the clients' data, of what is left after carving.
-            server: Data the server trains on: a source of its own, or carved out of the clients'
-                source as a number of rows or as a fraction in (0, 1). Null: none.
-            public: Data for distilling the auxiliary model, as `server`; clients' examples must not
-                occur in it.
+            server: Data the server trains on: a source of its own; carved out of the clients'
+                source, as a number of rows or as a fraction in (0, 1); or the name of another split
+                of the clients' data set. Null: none.
+            public: Data for distilling the auxiliary model, as `server`, or `server` itself: the
+                server's data once more. Clients' examples must not occur in it.
             selection: Data that chooses the best round, as `server`.
             test: Data that is only scored at the end, as `server`.
+            pool_clients: Let the server train on all clients' examples besides its own: centralised
+                training, which no federation reaches and against which it is measured.
             public_task: What a row of the public data means. Null: as `task`.
             batching: How examples are put together.
             tokenizer: Folder, hub id or `fedsp://NAME`. Null: that of the global model.
@@ -78,9 +83,20 @@ class FederatedDataModule(LightningDataModule):
             raise ValueError(f"`data.max_tokens` must be at least 2 or null, got {max_tokens}.")
         self.task, self.public_task, self.partitioner = task, public_task or task, partitioner
         self.clients, self.batching, self.seed = clients, batching, seed or 0
-        self.splits: dict[str, Split] = {
-            "test": test, "selection": selection, "server": server, "public": public
-        }  # fmt: skip
+        self._public_is_servers = public == "server"
+        if self._public_is_servers and (server is None or public_task is not None):
+            raise ValueError(
+                "`data.public`=server is the server's data once more, which needs `data.server` "
+                f"and no `data.public_task`, got {server} and {public_task}."
+            )
+        wanted: dict[str, Split] = {
+            "test": test,
+            "selection": selection,
+            "server": server,
+            "public": None if self._public_is_servers else public,
+        }
+        self.splits = {name: self._resolve(name, split) for name, split in wanted.items()}
+        self.pool_clients = pool_clients
         self.tokenizer_name, self.max_tokens = tokenizer, max_tokens
         self.cache_dir = cache_folder(cache_dir)
         self.client_names: list[str] = []
@@ -89,6 +105,12 @@ class FederatedDataModule(LightningDataModule):
         self._portions: dict[str, Portion] = {}
         self._clients: list[Portion] = []
         self._is_set_up = False
+
+    def _resolve(self, role: str, split: Split) -> DataSource | int | float | None:
+        if not isinstance(split, str):
+            return split
+        with self._naming(role):
+            return self.clients.other_split(split)
 
     def limit_tokens(self, max_tokens: int) -> None:
         """Take over what the model's positions leave for text; call it before `setup`.
@@ -173,11 +195,16 @@ class FederatedDataModule(LightningDataModule):
             warn_of_losses(f"data.{name}", [portion], self.max_tokens)
             check_filled(f"`data.{name}`", portion, self.max_tokens)
             self._portions[name] = portion
+        if self._public_is_servers:
+            self._portions["public"] = self._portions["server"]
         self._clients = [self._portion("clients", stored, part) for part in parts]
         warn_of_losses("data.clients", self._clients, self.max_tokens)
         for client_name, portion in zip(self.client_names, self._clients, strict=True):
             owner = f"Client {client_name!r} of `data.clients`"
             check_filled(owner, portion, self.max_tokens)
+        if self.pool_clients:
+            server = [self._portions["server"]] if "server" in self._portions else []
+            self._portions["server"] = pool([*server, *self._clients])
 
     def _read(self) -> None:
         for role, source in {"clients": self.clients, **self.splits}.items():
@@ -268,6 +295,11 @@ class FederatedDataModule(LightningDataModule):
         """Whether some example of an existing split has several completions to choose from."""
         return any(len(example.completions) > 1 for example in self._existing(split).store)
 
+    def chance(self, split: str) -> float:
+        """Return the accuracy of guessing among the choices of an existing split's examples."""
+        shares = [1 / len(example.completions) for example in self._existing(split).store]
+        return sum(shares) / len(shares)
+
     def fingerprint(self, split: str) -> str:
         """Return a hash of an existing split's token ids, for artefacts that depend on them."""
         return self._existing(split).store.digest()
@@ -310,9 +342,9 @@ class FederatedDataModule(LightningDataModule):
         owned = {text for portion in self._clients for text in portion.texts(marks)}
         return sum(text in owned for text in self._portions["public"].texts(marks))
 
-    def raw_row(self, row_idx: int) -> dict[str, Any]:
-        """Return the fields of a row of the test split by the `row` of a predict batch."""
-        return dict(self._datasets["test" if "test" in self._datasets else "clients"][row_idx])
+    def raw_row(self, row_idx: int, split: str = "test") -> dict[str, Any]:
+        """Return the fields of a split's row by the `row` of a batch of prompts."""
+        return dict(self._datasets[split if split in self._datasets else "clients"][row_idx])
 
     def _require_setup(self) -> None:
         if not self._is_set_up:
@@ -366,21 +398,40 @@ class FederatedDataModule(LightningDataModule):
         return self._train_loader(union, "all-clients", -1, 0, None)
 
     def val_dataloader(self) -> DataLoader[Any]:
-        """Return the selection split once, every choice a row."""
+        """Return the selection split once, a question with all its choices a row."""
         return self._eval_loader(self._existing("selection").store)
 
     def test_dataloader(self) -> DataLoader[Any]:
-        """Return the test split once, every choice a row."""
+        """Return the test split once, a question with all its choices a row."""
         return self._eval_loader(self._existing("test").store)
 
     def predict_dataloader(self) -> DataLoader[Any]:
         """Return the test split's prompts once, padded on the left, each with its raw row."""
-        portion = self._existing("test")
+        return self.prompt_dataloader("test")
+
+    def prompt_dataloader(self, split: str, new_tokens: int = 0) -> DataLoader[Any]:
+        """Return the prompts of `selection` or `test` once, padded on the left, each with its row.
+
+        Args:
+            split: Which split.
+            new_tokens: Room that must be left behind the longest prompt.
+
+        Raises:
+            ValueError: If the task gives no prompts, or the room is not there.
+        """
+        portion = self._existing(split)
         prompts = [len(example.prompt_ids) for example in portion.store]
         if portion.rows is None or 0 in prompts:
             raise ValueError(
-                "`fedsp predict` continues prompts, and `data.task` gives examples without one. "
-                "Use a task with a prompt, such as fedsp.tasks.PromptCompletion."
+                "`fedsp predict` and `trainer.evaluation.generate_tokens` continue prompts, and "
+                "`data.task` gives examples without one. Use a task with a prompt, such as "
+                "fedsp.tasks.PromptCompletion."
+            )
+        if self.max_tokens is not None and max(prompts) + new_tokens > self.max_tokens:
+            raise ValueError(
+                f"`trainer.evaluation.generate_tokens` must be at most "
+                f"{self.max_tokens - max(prompts)}, what the longest prompt of `data.{split}` "
+                f"leaves of {self.max_tokens} tokens, got {new_tokens}."
             )
         batches = eval_batches(prompts, [1] * len(prompts), self.batching.eval_batch_size)
         pad_id, rows, store = self._pad_id(), portion.rows, portion.store
@@ -405,9 +456,9 @@ class FederatedDataModule(LightningDataModule):
         return make_loader(store, batches, partial(collate, pad_id=self._pad_id()))
 
     def _eval_loader(self, store: TokenStore) -> DataLoader[Any]:
-        lengths = [example.longest for example in store]
-        num_rows = [len(example.completions) for example in store]
-        batches = eval_batches(lengths, num_rows, self.batching.eval_batch_size)
+        lengths = [example.num_packed_tokens for example in store]
+        num_choices = [len(example.completions) for example in store]
+        batches = eval_batches(lengths, num_choices, self.batching.eval_batch_size)
         return make_loader(store, batches, partial(collate_choices, pad_id=self._pad_id()))
 
     def _pad_id(self) -> int:

@@ -39,6 +39,11 @@ class Example:
         """Tokens of the prompt and the longest completion together."""
         return len(self.prompt_ids) + max(len(choice) for choice in self.completions)
 
+    @property
+    def num_packed_tokens(self) -> int:
+        """Tokens of the prompt and all completions together."""
+        return len(self.prompt_ids) + sum(len(choice) for choice in self.completions)
+
     def fit(self, max_tokens: int | None, *, num_leading: int = 0) -> "Example | None":
         """Cut the prompt on the left until every choice fits; a completion is never cut.
 

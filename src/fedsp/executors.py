@@ -13,7 +13,7 @@ from fedsp.client import ClientModule
 from fedsp.client_state import ClientStateStore
 from fedsp.data import FederatedDataModule
 from fedsp.ledger import Ledger, digest
-from fedsp.messages import PromptContract, decode_broadcast, encode, encode_handout
+from fedsp.messages import Contract, decode_broadcast, encode, encode_handout
 from fedsp.phases import Batches, ClientTurn, StageResult, train_client
 
 
@@ -78,7 +78,7 @@ class Simulation:
         data: Gives each client's batches.
         store: What clients keep between rounds.
         ledger: Every payload is written down before it is handed on.
-        contract: What a prompt looks like on the wire.
+        contract: What a payload looks like on the wire.
         seed: The run's seed.
         participations: How often a client takes part in the whole run.
     """
@@ -88,7 +88,7 @@ class Simulation:
     data: FederatedDataModule
     store: ClientStateStore
     ledger: Ledger
-    contract: PromptContract
+    contract: Contract
     seed: int
     participations: int
 

@@ -8,19 +8,19 @@ from functools import partial
 from typing import Any, Literal
 
 from lightning.fabric import Fabric
-from torch import Tensor
 
 from fedsp.aggregation import Aggregator, ServerOptimizer
 from fedsp.data import FederatedDataModule
 from fedsp.executors import Executor, Reply
 from fedsp.messages import (
-    PromptContract,
+    Contract,
     RejectedUpdate,
     ServerBroadcast,
     decode_broadcast,
     decode_update,
     encode,
 )
+from fedsp.payload import Payload, add, shapes_of, subtract
 from fedsp.phases import Optimization, StageResult, train_server
 from fedsp.server import ServerModule
 
@@ -69,6 +69,11 @@ class Rules:
     aggregator: Aggregator
     server_optimizer: ServerOptimizer
 
+    def contract(self, payload: Payload) -> Contract:
+        """Return what a message that holds such a payload has to be."""
+        communication = self.communication
+        return Contract(shapes_of(payload), communication.wire_dtype, communication.max_update_norm)
+
 
 class Federation:
     """The server's side of a running federation, whoever carries out the clients' work."""
@@ -99,17 +104,14 @@ class Federation:
         self.executor, self.rules, self.seed = executor, rules, seed
         self.num_rounds = num_rounds
         self.optimization = self.optimization_for(server)
-        prompt = server.require_model()[1]
-        self.broadcast_prefix = prompt.prefix().cpu()
-        self.contract = PromptContract(
-            prompt.shape, rules.communication.wire_dtype, rules.communication.max_update_norm
-        )
+        self.broadcast = server.payload()
+        self.contract = rules.contract(self.broadcast)
 
     def optimization_for(self, server: ServerModule) -> Optimization:
         """Return a fresh optimizer and schedule for a server's own steps over the whole run."""
         stage = server.training_stage
-        parameters = server.require_model()[1].parameters()
-        return Optimization(*stage.build(parameters, stage.steps * self.num_rounds))
+        total_steps = stage.steps * self.num_rounds
+        return Optimization(*stage.build(server.tuned_parameters(), total_steps))
 
     def collect(
         self, round_idx: int, cohort: Sequence[int], call: Callable[..., None]
@@ -125,12 +127,12 @@ class Federation:
             The round's metrics of the clients.
 
         Raises:
-            MessageError: If an answer is anything but that client's soft prompt.
+            MessageError: If an answer is anything but that client's payload.
         """
         started = time.perf_counter()
         wire_dtype = self.rules.communication.wire_dtype
-        data = encode(ServerBroadcast(round_idx, self.broadcast_prefix), wire_dtype)
-        reference = decode_broadcast(data, self.contract).prefix
+        data = encode(ServerBroadcast(round_idx, self.broadcast), wire_dtype)
+        reference = decode_broadcast(data, self.contract).payload
         aggregator = self.rules.aggregator
         aggregator.reset(reference)
         replies: list[Reply] = []
@@ -140,25 +142,25 @@ class Federation:
             call("on_client_end", round_idx, reply.client_id, reply.stages)
             replies.append(Reply(reply.client_id, b"", reply.stages))
             try:
-                aggregator.add(
-                    decode_update(
-                        reply.data,
-                        self.contract,
-                        reference=reference,
-                        round_idx=round_idx,
-                        client_id=reply.client_id,
-                    )
+                update = decode_update(
+                    reply.data,
+                    self.contract,
+                    reference=reference,
+                    round_idx=round_idx,
+                    client_id=reply.client_id,
                 )
             except RejectedUpdate as reason:
                 rejected += 1
                 call("on_update_rejected", round_idx, reply.client_id, str(reason))
+            else:
+                aggregator.add(update)
+                call("on_update_accepted", round_idx, reply.client_id, update.payload, reference)
         fewest = max(self.rules.communication.min_updates, aggregator.min_updates)
         if len(replies) - rejected >= fewest:
-            # what rounding for the wire took off the prompt is no client's doing: it stays
-            rounding = self.broadcast_prefix - reference
-            aggregate = aggregator.result() + rounding
-            self._adopt(self.rules.server_optimizer.step(self.broadcast_prefix, aggregate))
-            call("on_aggregate_end", round_idx, self.broadcast_prefix)
+            # what rounding for the wire took off the payload is no client's doing: it stays
+            aggregate = add(aggregator.result(), subtract(self.broadcast, reference))
+            self._adopt(self.rules.server_optimizer.step(self.broadcast, aggregate))
+            call("on_aggregate_end", round_idx, self.broadcast)
         return {
             "round/clients": float(len(replies)),
             "round/rejected_updates": float(rejected),
@@ -182,7 +184,7 @@ class Federation:
         result = self.train(self.server, self.optimization, round_idx)
         call("on_server_train_end", round_idx, result)
         if not self.rules.communication.broadcast_average:
-            self.broadcast_prefix = self.server.require_model()[1].prefix().cpu()
+            self.broadcast = self.server.payload()
         return {"server/train_loss": result.loss, "round/server_seconds": result.seconds}
 
     def train(
@@ -197,17 +199,17 @@ class Federation:
             self.fabric, server, optimization, batches, seed=self.seed, round_idx=round_idx
         )
 
-    def _adopt(self, prefix: Tensor) -> None:
-        self.broadcast_prefix = prefix
-        self.server.require_model()[1].load_prefix(prefix)
+    def _adopt(self, payload: Payload) -> None:
+        self.broadcast = payload
+        self.server.load_payload(payload)
 
     def state_dict(self) -> dict[str, Any]:
-        """Return all that the next round depends on; `prefix` is the server's prompt itself."""
+        """Return all that the next round depends on; `payload` is what the server tunes itself."""
         prompt = self.server.require_model()[1]
         return {
-            "prefix": prompt.prefix().cpu(),
+            "payload": self.server.payload(),
             "soft_prompt": {name: value.cpu() for name, value in prompt.state_dict().items()},
-            "broadcast_prefix": self.broadcast_prefix,
+            "broadcast": self.broadcast,
             "optimization": self.optimization.state_dict(),
             "server_optimizer": self.rules.server_optimizer.state_dict(),
             "executor": self.executor.state_dict(),
@@ -215,10 +217,11 @@ class Federation:
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Restore what `state_dict` returned."""
+        self.server.load_payload(state["payload"])
         self.server.require_model()[1].load_state_dict(state["soft_prompt"])
-        self.broadcast_prefix = state["broadcast_prefix"]
+        self.broadcast = state["broadcast"]
         self.optimization.load_state_dict(state["optimization"])
-        self.rules.server_optimizer.load_state_dict(state["server_optimizer"], self.contract.shape)
+        self.rules.server_optimizer.load_state_dict(state["server_optimizer"], self.contract.shapes)
         self.executor.load_state_dict(state["executor"])
 
 

@@ -4,11 +4,14 @@ import math
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from torch import Tensor
+from fedsp.payload import Payload
 
-# what `fedsp.phases.evaluate` measures; the accuracies only where questions have several choices
-METRICS = tuple(
-    f"server/val_{name}" for name in ("loss", "perplexity", "accuracy", "accuracy_norm")
+# what `fedsp.phases` measures; accuracies only where questions have several choices, the last two
+# only where completions are written
+_WRITTEN = ("server/val_exact_match", "server/val_f1")
+METRICS = (
+    *(f"server/val_{name}" for name in ("loss", "perplexity", "accuracy", "accuracy_norm")),
+    *_WRITTEN,
 )
 
 
@@ -22,12 +25,15 @@ class Evaluation:
             `server/val_accuracy`.
         mode: `min` where lower is better, `max` where higher is.
         patience: Evaluations without a better value before the run stops; null never stops early.
+        generate_tokens: Longest completion, in tokens, that is written after each prompt of the
+            selection and the test split for exact match and F1; 0 leaves both out.
     """
 
     every_n_rounds: int = 1
     monitor: str = "server/val_loss"
     mode: Literal["min", "max"] = "min"
     patience: int | None = None
+    generate_tokens: int = 0
 
     def __post_init__(self) -> None:
         """Check the values.
@@ -45,6 +51,16 @@ class Evaluation:
                 f"`trainer.evaluation.monitor` must be one of {list(METRICS)}, "
                 f"got {self.monitor!r}."
             )
+        if self.generate_tokens < 0:
+            raise ValueError(
+                "`trainer.evaluation.generate_tokens` must be at least 0, got "
+                f"{self.generate_tokens}."
+            )
+        if self.monitor in _WRITTEN and not self.generate_tokens:
+            raise ValueError(
+                f"`trainer.evaluation.monitor` {self.monitor!r} needs completions to be written: "
+                "set `trainer.evaluation.generate_tokens` to the longest answer's tokens, got 0."
+            )
         if self.patience is not None and self.patience < 1:
             raise ValueError(
                 f"`trainer.evaluation.patience` must be at least 1 or null, got {self.patience}."
@@ -53,11 +69,11 @@ class Evaluation:
 
 @dataclass(frozen=True)
 class Best:
-    """The best round: its index (-1 before the first round), its monitored value and its prefix."""
+    """The best round: its index (-1 before the first round), its monitored value, its payload."""
 
     round_idx: int
     value: float
-    prefix: Tensor
+    payload: Payload
 
 
 class History:
@@ -95,13 +111,13 @@ class History:
         """Append a finished round."""
         self.rounds.append(metrics)
 
-    def offer(self, round_idx: int, metrics: dict[str, float], prefix: Tensor) -> bool:
+    def offer(self, round_idx: int, metrics: dict[str, float], payload: Payload) -> bool:
         """Compare an evaluation with the best one.
 
         Args:
             round_idx: 0-based communication round.
             metrics: Holds the monitored metric.
-            prefix: [L, 2, K, P, D] The prompt that was measured.
+            payload: What was measured.
 
         Returns:
             Whether it is the new best.
@@ -118,7 +134,7 @@ class History:
         sign = -1.0 if self.evaluation.mode == "min" else 1.0
         better = self.best is None or sign * value > sign * self.best.value
         if math.isfinite(value) and better:
-            self.best = Best(round_idx, value, prefix)
+            self.best = Best(round_idx, value, payload)
             self.stale_evaluations = 0
             return True
         self.stale_evaluations += 1
@@ -130,7 +146,7 @@ class History:
         return {
             "rounds": self.rounds,
             "zero_shot": self.zero_shot,
-            "best": None if best is None else [best.round_idx, best.value, best.prefix],
+            "best": None if best is None else [best.round_idx, best.value, best.payload],
             "stale_evaluations": self.stale_evaluations,
         }
 

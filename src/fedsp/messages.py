@@ -2,7 +2,7 @@
 
 A message is one safetensors file whose metadata names version, kind and round. Decoders trust
 nothing: the size is checked before the header is parsed, the header before a tensor is built, and
-whatever is not exactly the tensor that was asked for is refused.
+whatever is not exactly the tensors that were asked for is refused.
 
 Axis letters: L layers, K key/value heads, P virtual tokens, D head size.
 """
@@ -15,11 +15,11 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
+from fedsp.payload import SOFT_PROMPT, Payload, Shapes, norm, subtract
 from fedsp.tensor_files import Buffer, Header, dtype_name, pack_tensors, read_header, read_tensor
 
 MESSAGE_VERSION = "1"
 MAX_OVERHEAD_BYTES = 1024
-TENSOR_NAME = "soft_prompt"
 
 WireDtype = Literal["float32", "float16", "bfloat16"]
 
@@ -47,31 +47,31 @@ class RejectedUpdate(ValueError):  # noqa: N818 - a verdict that the round survi
 
 @dataclass(frozen=True, eq=False, slots=True)
 class ServerBroadcast:
-    """The server's soft prompt for a round.
+    """What the server tunes, for a round.
 
     Args:
         round_idx: The round, from 0.
-        prefix: [L, 2, K, P, D] The soft prompt.
+        payload: Tensors by name: `soft_prompt` [L, 2, K, P, D], tuned weights, or both.
     """
 
     round_idx: int
-    prefix: Tensor
+    payload: Payload
 
 
 @dataclass(frozen=True, eq=False, slots=True)
 class ClientUpdate:
-    """A client's soft prompt after its local steps.
+    """What a client made of the broadcast in its local steps.
 
     Args:
         round_idx: The round that it answers.
         client_id: Who sends it.
-        prefix: [L, 2, K, P, D] The soft prompt.
+        payload: Tensors by name, those of the broadcast.
         num_examples: Number of examples it was tuned on, in [1, 2**53).
     """
 
     round_idx: int
     client_id: int
-    prefix: Tensor
+    payload: Payload
     num_examples: int
 
 
@@ -87,16 +87,16 @@ class AuxiliaryHandout:
 
 
 @dataclass(frozen=True, slots=True)
-class PromptContract:
-    """What a soft prompt has to be to pass.
+class Contract:
+    """What a payload has to be to pass: the tensors that a method declares, and nothing else.
 
     Args:
-        shape: (L, 2, K, P, D).
-        wire_dtype: Number format in which prompts travel.
+        shapes: Shape of every tensor by name; `soft_prompt` is (L, 2, K, P, D).
+        wire_dtype: Number format in which payloads travel.
         max_update_norm: Largest accepted L2 norm of (update - reference); None accepts any.
     """
 
-    shape: tuple[int, int, int, int, int]
+    shapes: Shapes
     wire_dtype: WireDtype
     max_update_norm: float | None
 
@@ -107,9 +107,9 @@ class PromptContract:
             ValueError: If one of them is out of range.
         """
         _torch_dtype(self.wire_dtype)
-        shape: tuple[int, ...] = self.shape  # from a configuration any length may come
+        shape = self.shapes.get(SOFT_PROMPT, (0, 2, 0, 0, 0))
         if len(shape) != 5 or min(shape) < 0 or shape[1] != 2:
-            raise ValueError(f"a soft prompt has the shape (L, 2, K, P, D), got {self.shape}")
+            raise ValueError(f"a soft prompt has the shape (L, 2, K, P, D), got {shape}")
         if self.max_update_norm is not None and not self.max_update_norm > 0:
             raise ValueError(
                 "`trainer.communication.max_update_norm` must be above 0 or null, "
@@ -118,8 +118,14 @@ class PromptContract:
 
     @property
     def num_bytes(self) -> int:
-        """Bytes of the soft prompt's numbers on the wire."""
-        return math.prod(self.shape) * _torch_dtype(self.wire_dtype).itemsize
+        """Bytes of the payload's numbers on the wire."""
+        count = sum(math.prod(shape) for shape in self.shapes.values())
+        return count * _torch_dtype(self.wire_dtype).itemsize
+
+    @property
+    def max_overhead_bytes(self) -> int:
+        """Bytes that a message may have around its numbers: 1 KiB for a single tensor."""
+        return MAX_OVERHEAD_BYTES + sum(_entry_bytes(name) for name in sorted(self.shapes)[1:])
 
 
 def encode(message: ServerBroadcast | ClientUpdate, wire_dtype: WireDtype) -> bytes:
@@ -127,14 +133,14 @@ def encode(message: ServerBroadcast | ClientUpdate, wire_dtype: WireDtype) -> by
 
     Args:
         message: The message.
-        wire_dtype: Number format in which the soft prompt travels.
+        wire_dtype: Number format in which the payload travels.
 
     Returns:
-        The soft prompt's bytes and at most 1 KiB around them.
+        The payload's bytes, and at most `Contract.max_overhead_bytes` around them.
 
     Raises:
         ValueError: If `wire_dtype` is unknown.
-        MessageError: If the prompt has values beyond `wire_dtype`'s range, a broadcast is not
+        MessageError: If the payload has values beyond `wire_dtype`'s range, a broadcast is not
             finite, or a number of the message is out of range. An update that is not finite
             passes: its receiver counts and rejects it.
     """
@@ -148,71 +154,73 @@ def encode(message: ServerBroadcast | ClientUpdate, wire_dtype: WireDtype) -> by
     metadata |= {name: str(number) for name, number in numbers.items()}
     for name in numbers:
         _parse_number(metadata[name], name)
-    prefix = message.prefix.detach()
-    if kind == "server_broadcast" and not _is_finite(prefix):
+    if kind == "server_broadcast" and not _is_finite(message.payload):
         raise MessageError(
-            f"the server's soft prompt holds NaN or infinity in round {message.round_idx}; "
+            f"what the server tunes holds NaN or infinity in round {message.round_idx}; "
             "lower the learning rate or set `gradient_clip_norm`"
         )
-    wire = prefix.to(device="cpu", dtype=dtype)
-    _check_range(prefix, wire, wire_dtype)
-    return pack_tensors({TENSOR_NAME: wire}, metadata)
+    wire = {name: tensor.detach().to("cpu", dtype) for name, tensor in message.payload.items()}
+    for name, tensor in message.payload.items():
+        _check_range(name, tensor.detach(), wire[name], wire_dtype)
+    return pack_tensors(wire, metadata)
 
 
-def decode_broadcast(data: Buffer, contract: PromptContract) -> ServerBroadcast:
+def decode_broadcast(data: Buffer, contract: Contract) -> ServerBroadcast:
     """Read a broadcast, trusting nothing.
 
     Args:
         data: The bytes that came.
-        contract: What the soft prompt has to be.
+        contract: What the payload has to be.
 
     Returns:
-        The message, its prefix as float32 on the CPU.
+        The message, its tensors as float32 on the CPU.
 
     Raises:
         MessageError: If the bytes are anything else than such a broadcast of finite values.
     """
-    numbers, prefix = _open_prompt(data, contract, "server_broadcast")
-    if not _is_finite(prefix):
-        raise MessageError("server_broadcast: `soft_prompt` must be finite, got NaN or infinity")
-    return ServerBroadcast(numbers["round_idx"], prefix)
+    numbers, payload = _open_payload(data, contract, "server_broadcast")
+    for name, tensor in payload.items():
+        if not _is_finite({name: tensor}):
+            raise MessageError(f"server_broadcast: `{name}` must be finite, got NaN or infinity")
+    return ServerBroadcast(numbers["round_idx"], payload)
 
 
 def decode_update(
-    data: Buffer, contract: PromptContract, *, reference: Tensor, round_idx: int, client_id: int
+    data: Buffer, contract: Contract, *, reference: Payload, round_idx: int, client_id: int
 ) -> ClientUpdate:
     """Read a client's update, trusting nothing.
 
     Args:
         data: The bytes that came.
-        contract: What the soft prompt has to be.
-        reference: [L, 2, K, P, D] The prompt that the client started from.
+        contract: What the payload has to be.
+        reference: What the client started from.
         round_idx: The round that was asked for.
         client_id: The client that was asked.
 
     Returns:
-        The message, its prefix as float32 on the CPU.
+        The message, its tensors as float32 on the CPU.
 
     Raises:
-        MessageError: If the bytes are anything else than that client's prompt for that round.
+        MessageError: If the bytes are anything else than that client's payload for that round.
         RejectedUpdate: If its values are not finite or too far from `reference`.
     """
-    numbers, prefix = _open_prompt(data, contract, "client_update")
+    numbers, payload = _open_payload(data, contract, "client_update")
     for name, wanted in (("round_idx", round_idx), ("client_id", client_id)):
         if numbers[name] != wanted:
             raise MessageError(f"client_update: expected {name} {wanted}, got {numbers[name]}")
     sender = f"the update of client {client_id} in round {round_idx}"
-    if not _is_finite(prefix):
+    if not _is_finite(payload):
         raise RejectedUpdate(f"{sender} holds NaN or infinity")
     if contract.max_update_norm is not None:
-        change = prefix - reference.detach().to(device="cpu", dtype=torch.float32)
-        norm = torch.linalg.vector_norm(change, dtype=torch.float64).item()
-        if not norm <= contract.max_update_norm:
+        change = norm(subtract(payload, reference))
+        if not change <= contract.max_update_norm:
             raise RejectedUpdate(
-                f"{sender} moved the soft prompt by a norm of {norm:.4g}, "
+                f"{sender} moved the payload by a norm of {change:.4g}, "
                 f"`trainer.communication.max_update_norm` is {contract.max_update_norm:.4g}"
             )
-    return ClientUpdate(numbers["round_idx"], numbers["client_id"], prefix, numbers["num_examples"])
+    return ClientUpdate(
+        numbers["round_idx"], numbers["client_id"], payload, numbers["num_examples"]
+    )
 
 
 def encode_handout(tensors: Mapping[str, Tensor]) -> bytes:
@@ -247,7 +255,7 @@ def decode_handout(data: Buffer, like: Mapping[str, Tensor] | None = None) -> Au
     """
     if like is not None:
         wanted = sum(tensor.numel() * tensor.element_size() for tensor in like.values())
-        names = sum(6 * len(name) + _ENTRY_BYTES for name in like)  # 6: a name may be all \uXXXX
+        names = sum(map(_entry_bytes, like))
         _check_size(data, wanted, wanted + names + MAX_OVERHEAD_BYTES, "auxiliary_handout")
     header, _ = _read_fields(data, "auxiliary_handout")
     if like is not None:
@@ -287,30 +295,34 @@ def _torch_dtype(wire_dtype: str) -> torch.dtype:
     return _WIRE_DTYPES[wire_dtype]
 
 
-def _is_finite(tensor: Tensor) -> bool:
-    return bool(torch.isfinite(tensor).all())
+def _is_finite(payload: Payload) -> bool:
+    return all(bool(torch.isfinite(tensor).all()) for tensor in payload.values())
 
 
-def _check_range(prefix: Tensor, wire: Tensor, wire_dtype: WireDtype) -> None:
-    overflown = torch.isinf(wire) & torch.isfinite(prefix).cpu()
+def _entry_bytes(name: str) -> int:
+    return 6 * len(name) + _ENTRY_BYTES  # 6: a name may be all \uXXXX
+
+
+def _check_range(name: str, tensor: Tensor, wire: Tensor, wire_dtype: WireDtype) -> None:
+    overflown = torch.isinf(wire) & torch.isfinite(tensor).cpu()
     if overflown.any():
-        largest = prefix.abs().nan_to_num(nan=0.0, posinf=0.0).max().item()
+        largest = tensor.abs().nan_to_num(nan=0.0, posinf=0.0).max().item()
         raise MessageError(
-            f"the soft prompt has {int(overflown.sum())} values beyond what "
+            f"`{name}` has {int(overflown.sum())} values beyond what "
             f"`trainer.communication.wire_dtype` {wire_dtype} holds, up to {largest:.4g}; "
             "set `trainer.communication.wire_dtype` to bfloat16 or float32"
         )
 
 
-def _open_prompt(
-    data: Buffer, contract: PromptContract, kind: str
-) -> tuple[dict[str, int], Tensor]:
+def _open_payload(data: Buffer, contract: Contract, kind: str) -> tuple[dict[str, int], Payload]:
     wanted = contract.num_bytes
-    _check_size(data, wanted, wanted + MAX_OVERHEAD_BYTES, kind)
+    _check_size(data, wanted, wanted + contract.max_overhead_bytes, kind)
     header, numbers = _read_fields(data, kind)
-    _check_names(header, {TENSOR_NAME: None}, kind)
-    _check_entry(header, TENSOR_NAME, contract.shape, _torch_dtype(contract.wire_dtype), kind)
-    return numbers, read_tensor(data, header, TENSOR_NAME).float()
+    _check_names(header, contract.shapes, kind)
+    dtype = _torch_dtype(contract.wire_dtype)
+    for name, shape in contract.shapes.items():
+        _check_entry(header, name, shape, dtype, kind)
+    return numbers, {name: read_tensor(data, header, name).float() for name in contract.shapes}
 
 
 def _check_size(data: Buffer, low: int, high: int, kind: str) -> None:

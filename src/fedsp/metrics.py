@@ -1,11 +1,14 @@
 """Metrics of an evaluation, as torchmetrics so that they add up over batches and processes.
 
-Axes: R rows (one per choice of a question), Q questions of the batch.
+Axes: C choices, Q questions of the batch.
 """
+
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 from torchmetrics import Metric
+from torchmetrics.text import SQuAD
 
 
 class TokenLoss(Metric):
@@ -60,10 +63,10 @@ class ChoiceAccuracy(Metric):
         """Add the questions of a batch.
 
         Args:
-            log_likelihood: [R] Sum over each choice's tokens, in nats.
-            question: [R] int64 Which question a row belongs to, 0 to Q - 1 without gaps.
-            is_answer: [R] bool, True for the right choice; one a question.
-            num_chars: [R] Characters of each choice's text, above 0.
+            log_likelihood: [C] Sum over each choice's tokens, in nats.
+            question: [C] int64 Which question a choice belongs to, 0 to Q - 1 without gaps.
+            is_answer: [C] bool, True for the right choice; one a question.
+            num_chars: [C] Characters of each choice's text, above 0.
         """
         score = log_likelihood.double()
         if self.normalize:
@@ -83,3 +86,35 @@ class ChoiceAccuracy(Metric):
     def compute(self) -> Tensor:
         """Return the accuracy in [0, 1]; NaN without questions."""
         return self.num_right / self.num_questions
+
+
+class AnswerMatch:
+    """Exact match and F1 of written answers, as SQuAD has them.
+
+    Case, punctuation, articles and spaces do not count; of several references the closest does.
+    """
+
+    def __init__(self) -> None:
+        """Start without answers."""
+        self._squad = SQuAD()
+
+    def update(self, texts: Sequence[str], references: Sequence[Sequence[str]]) -> None:
+        """Add written answers.
+
+        Args:
+            texts: What was written. Where the references are single lines, it ends at its first
+                line break, as lm-eval's `until` usually has it.
+            references: At least one right answer for each text.
+        """
+        for text, answers in zip(texts, references, strict=True):
+            one_line = not any("\n" in answer for answer in answers)
+            written = text.strip().split("\n")[0] if one_line else text
+            starts = [0] * len(answers)  # of the format, without meaning here
+            self._squad.update(
+                {"prediction_text": written, "id": ""},
+                {"answers": {"text": list(answers), "answer_start": starts}, "id": ""},
+            )
+
+    def compute(self) -> dict[str, float]:
+        """Return `exact_match` and `f1` in [0, 1]; NaN without answers."""
+        return {name: float(value) / 100 for name, value in self._squad.compute().items()}

@@ -3,6 +3,7 @@
 Whatever can be wrong with the settings is found here, before the run's folder exists.
 """
 
+from collections.abc import Sequence
 from typing import Any
 
 from lightning.fabric import Fabric
@@ -11,9 +12,10 @@ from lightning.fabric.utilities.exceptions import MisconfigurationException
 from fedsp.client import ClientModule
 from fedsp.client_state import ClientStateStore
 from fedsp.data import FederatedDataModule
+from fedsp.evaluation import check_completions
 from fedsp.executors import InProcessExecutor, Simulation
 from fedsp.federation import Federation
-from fedsp.messages import PromptContract
+from fedsp.history import Evaluation
 from fedsp.preparation import check_public_data, prepare_auxiliary
 from fedsp.server import ServerModule
 from fedsp.stages import try_out
@@ -94,7 +96,12 @@ def set_up_data(server: ServerModule, data: FederatedDataModule, stage: str) -> 
 
 
 def check_run(
-    server: ServerModule, client: ClientModule, data: FederatedDataModule, monitor: str
+    server: ServerModule,
+    client: ClientModule,
+    data: FederatedDataModule,
+    *,
+    cohort: Sequence[int],
+    evaluation: Evaluation,
 ) -> None:
     """Try out what a run would otherwise meet only after hours of work, and make the first prompt.
 
@@ -102,18 +109,22 @@ def check_run(
         server: With its model loaded.
         client: Its stages are tried out.
         data: Set up.
-        monitor: The metric that picks the best round.
+        cohort: Clients of the first round.
+        evaluation: What is measured, and which metric picks the best round.
 
     Raises:
         ValueError: If a stage, the auxiliary recipe, the first prompt or the public data is wrong,
-            or the monitored metric will not be measured.
+            the method lacks something, or the monitored metric cannot be measured.
     """
+    monitor = evaluation.monitor
     wants_choices = "accuracy" in monitor and data.num_examples("selection") > 0
     if wants_choices and not data.has_choices("selection"):
         raise ValueError(
             f"`trainer.evaluation.monitor` {monitor!r} needs questions with several choices, and "
             "`data.selection` has none. Use server/val_loss, or a fedsp.tasks.MultipleChoice task."
         )
+    for split in ("selection", "test"):
+        check_completions(data, split, evaluation)
     distillation = server.initial_distillation
     try_out(
         {
@@ -122,10 +133,36 @@ def check_run(
             **{f"client.{name}": stage for name, stage in client.stages.items()},
         }
     )
+    _check_method(server, client, data, cohort)
     check_public_data(data, distillation)
     backbone, prompt = server.require_model()
     server.auxiliary_recipe.check(backbone.kv_shape.num_layers)
+    if server.tuned_weights is not None:
+        server.tuned_weights.check(backbone)
     server.initialize_prompt(data.sample_ids(prompt.num_virtual_tokens))
+
+
+def _check_method(
+    server: ServerModule, client: ClientModule, data: FederatedDataModule, cohort: Sequence[int]
+) -> None:
+    """Refuse a method that lacks what it trains, or what it trains it on."""
+    if not cohort and not (server.training_stage.steps and data.num_examples("server")):
+        raise ValueError(
+            "Without clients (`trainer.sampler.clients_per_round: 0`) only the server trains: it "
+            "needs `model.training.steps` above 0, and `data.server` or `data.pool_clients: true`."
+        )
+    recipe, distillation = server.auxiliary_recipe, server.initial_distillation
+    if recipe.is_taught:
+        return
+    for option, steps in (
+        ("client.auxiliary.steps", client.stages["auxiliary"].steps),
+        ("model.initial_distillation.stage.steps", distillation.stage.steps if distillation else 0),
+    ):
+        if steps:
+            raise ValueError(
+                f"`{option}` must be 0 for `model.auxiliary` {type(recipe).__name__}, which has no "
+                f"weights of its own to train, got {steps}."
+            )
 
 
 def open_federation(trainer: Any, client: ClientModule) -> Federation:
@@ -144,11 +181,14 @@ def open_federation(trainer: Any, client: ClientModule) -> Federation:
         trainer.fabric, server, data, kept=trainer.folder.auxiliary, trainer=trainer
     )
     trainer.call("on_distillation_end", made.before, made.after, made.cached)
-    prompt = server.require_model()[1]
-    client.install(made.auxiliary, prompt.num_virtual_tokens, trainer.seed)
-    trainer.fabric.to_device(client)
-    communication = trainer.rules.communication
+    server.start_tuning(made.auxiliary)
     cohort = trainer.sampler.cohort(data.num_clients, seed=trainer.seed, round_idx=0)
+    prompt = server.require_model()[1]
+    # a server that trains alone may tune what no client could
+    tuned_weights = server.tuned_weights if cohort else None
+    client.install(made.auxiliary, prompt.num_virtual_tokens, trainer.seed, tuned_weights)
+    trainer.fabric.to_device(client)
+    trainer.fabric.to_device(server)
     simulation = Simulation(
         fabric=trainer.fabric,
         client=client,
@@ -157,9 +197,7 @@ def open_federation(trainer: Any, client: ClientModule) -> Federation:
             trainer.folder.clients, trainer.client_memory_bytes, trainer.checkpoints.keep
         ),
         ledger=trainer.ledger,
-        contract=PromptContract(
-            prompt.shape, communication.wire_dtype, communication.max_update_norm
-        ),
+        contract=trainer.rules.contract(server.payload()),
         seed=trainer.seed,
         participations=-(-trainer.num_rounds * len(cohort) // data.num_clients),
     )

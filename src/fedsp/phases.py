@@ -5,7 +5,7 @@ A phase trains or measures what it is given; it chooses no client, logs nothing 
 
 import math
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, cast
 
@@ -17,8 +17,8 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
 from fedsp.auxiliary import Auxiliary
-from fedsp.client import STAGES, ClientModule
-from fedsp.metrics import ChoiceAccuracy, TokenLoss
+from fedsp.client import ClientModule
+from fedsp.metrics import AnswerMatch, ChoiceAccuracy, TokenLoss
 from fedsp.scoring import Scores
 from fedsp.seeding import isolated_rng, seed_for, stream
 from fedsp.server import ServerModule
@@ -73,15 +73,18 @@ class Optimization:
 def _optimize(
     fabric: Fabric,
     loss_of: Callable[[dict[str, Tensor], int], Tensor],
-    part: nn.Module,
-    stage: Stage,
-    optimization: Optimization,
+    module: nn.Module,
+    trained: Sequence[tuple[Stage, Optimization]],
     batches: Batches,
     on_step: StepCallback | None = None,
 ) -> StageResult:
-    """Step the optimizer over all batches; every kind of training goes through this loop."""
+    """Step all optimizers over all batches; every kind of training goes through this loop."""
     started = time.perf_counter()
-    optimizer = cast(_FabricOptimizer, fabric.setup_optimizers(optimization.optimizer))
+    optimizers = [
+        cast(_FabricOptimizer, fabric.setup_optimizers(optimization.optimizer))
+        for _, optimization in trained
+    ]
+    accumulate = trained[0][0].accumulate_grad_batches
     losses: list[Tensor] = []
     tokens: list[Tensor] = []
     steps = 0
@@ -91,25 +94,37 @@ def _optimize(
         # single-device Fabric does not autocast step methods by itself; see docs/footguns.md#3
         with fabric.autocast():
             loss = loss_of(batch, batch_idx)
-        fabric.backward(loss / stage.accumulate_grad_batches)
+        fabric.backward(loss / accumulate)
         losses.append(loss.detach())
-        optimization.batches += 1
-        if (batch_idx + 1) % stage.accumulate_grad_batches:
+        for _, optimization in trained:
+            optimization.batches += 1
+        if (batch_idx + 1) % accumulate:
             continue
-        if stage.gradient_clip_norm is not None:
-            fabric.clip_gradients(
-                part, optimizer, max_norm=stage.gradient_clip_norm, error_if_nonfinite=False
-            )
-        optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
-        if optimization.scheduler is not None:
-            optimization.scheduler.step()
+        for (stage, optimization), optimizer in zip(trained, optimizers, strict=True):
+            _step(fabric, module, stage, optimization, optimizer)
         steps += 1
         if on_step is not None:
             on_step(steps, losses[-1])
     mean = float(torch.stack(losses).mean()) if losses else math.nan
     num_tokens = int(torch.stack(tokens).sum()) if tokens else 0
     return StageResult(mean, steps, num_tokens, time.perf_counter() - started)
+
+
+def _step(
+    fabric: Fabric,
+    module: nn.Module,
+    stage: Stage,
+    optimization: Optimization,
+    optimizer: _FabricOptimizer,
+) -> None:
+    if stage.gradient_clip_norm is not None:
+        fabric.clip_gradients(
+            module, optimizer, max_norm=stage.gradient_clip_norm, error_if_nonfinite=False
+        )
+    optimizer.step()
+    optimizer.zero_grad(set_to_none=True)
+    if optimization.scheduler is not None:
+        optimization.scheduler.step()
 
 
 @dataclass(frozen=True)
@@ -134,7 +149,7 @@ class ClientTurn:
 def train_client(
     fabric: Fabric, client: ClientModule, state: dict[str, Any], turn: ClientTurn
 ) -> tuple[dict[str, StageResult], dict[str, Any]]:
-    """Run a client's two stages: first the auxiliary model, then the soft prompt.
+    """Run a client's two stages: first the auxiliary model, then what travels.
 
     Both stages draw from one endless stream of the client's batches, each going on where the last
     one stopped.
@@ -153,27 +168,36 @@ def train_client(
     position = int(kept.get("batches", 0))
     seed = seed_for(turn.seed, "client_dropout", round_idx=turn.round_idx, client_id=turn.client_id)
     with isolated_rng(seed):
-        for name in STAGES:
-            stage = client.stages[name]
-            if stage.steps == 0:
+        for names in client.passes:
+            steps = {name: client.stages[name] for name in names if client.stages[name].steps}
+            if not steps:
                 continue
-            client.set_stage(name)
-            parameters = client.stage_parameters(name).values()
-            optimization = Optimization(*stage.build(parameters, stage.steps * turn.participations))
-            if name in kept:
-                optimization.load_state_dict(kept[name])
-            part = client.require_model()[STAGES.index(name)]
-            batches = turn.loader(position, stage.batches)
-            results[name] = _optimize(
-                fabric, client.training_step, part, stage, optimization, batches
-            )
-            position += stage.batches
-            kept[name] = optimization.state_dict()
-            if not client.keep_optimizers:
-                kept[name]["optimizer"]["state"] = {}
+            client.set_stages(names)
+            trained = [(stage, _resume(client, name, kept, turn)) for name, stage in steps.items()]
+            num_batches = trained[0][0].batches
+            batches = turn.loader(position, num_batches)
+            # of stages that are trained at once the last one tells the loss: it is what travels
+            results[names[-1]] = _optimize(fabric, client.training_step, client, trained, batches)
+            position += num_batches
+            for name, (_, optimization) in zip(steps, trained, strict=True):
+                kept[name] = optimization.state_dict()
+                if not client.keep_optimizers:
+                    kept[name]["optimizer"]["state"] = {}
     kept["batches"] = position
     client.eval()
     return results, kept
+
+
+def _resume(
+    client: ClientModule, name: str, kept: dict[str, Any], turn: ClientTurn
+) -> Optimization:
+    """Build a stage's optimizer and schedule, or go on with those of the last participation."""
+    stage = client.stages[name]
+    parameters = client.stage_parameters(name).values()
+    optimization = Optimization(*stage.build(parameters, stage.steps * turn.participations))
+    if name in kept:
+        optimization.load_state_dict(kept[name])
+    return optimization
 
 
 def train_server(
@@ -185,11 +209,11 @@ def train_server(
     seed: int,
     round_idx: int,
 ) -> StageResult:
-    """Run the server's own steps of a round on its soft prompt.
+    """Run the server's own steps of a round on what it tunes.
 
     Args:
         fabric: Where to run.
-        server: The server with the aggregated prompt loaded.
+        server: The server with the aggregate loaded.
         optimization: The server's optimizer, which lasts over the rounds.
         batches: The server's batches, as many as its stage wants.
         seed: The run's seed.
@@ -201,9 +225,8 @@ def train_server(
     prompt = server.require_model()[1]
     prompt.train()
     with isolated_rng(seed_for(seed, "server_dropout", round_idx=round_idx)):
-        result = _optimize(
-            fabric, server.training_step, prompt, server.training_stage, optimization, batches
-        )
+        trained = [(server.training_stage, optimization)]
+        result = _optimize(fabric, server.training_step, server, trained, batches)
     prompt.eval()
     return result
 
@@ -254,8 +277,7 @@ def distill(
         fabric,
         loss_of,
         auxiliary,
-        spec.stage,
-        optimization,
+        [(spec.stage, optimization)],
         batches,
         on_step,
     )
@@ -309,3 +331,35 @@ def evaluate(
     if several_choices:
         measured |= {name: float(metric.compute()) for name, metric in accuracy.items()}
     return measured
+
+
+@torch.no_grad()
+def evaluate_completions(
+    fabric: Fabric,
+    complete_batch: Callable[[dict[str, Tensor], int], list[str]],
+    batches: Batches,
+    references_of: Callable[[int], list[str]],
+    *,
+    on_step: Callable[[int], None] | None = None,
+) -> dict[str, float]:
+    """Compare what a model writes after prompts with the right answers.
+
+    Args:
+        fabric: Where to run.
+        complete_batch: A role's `predict_step`; the role is in evaluation mode.
+        batches: Prompts, padded on the left, each with its `row`.
+        references_of: From a `row` to its right answers.
+        on_step: Called with the number of batches done.
+
+    Returns:
+        `exact_match` and `f1` in [0, 1], as SQuAD has them.
+    """
+    match = AnswerMatch()
+    for batch_idx, batch in enumerate(batches):
+        moved = fabric.to_device(batch)
+        with fabric.autocast():
+            texts = complete_batch(moved, batch_idx)
+        match.update(texts, [references_of(row) for row in batch["row"].tolist()])
+        if on_step is not None:
+            on_step(batch_idx + 1)
+    return match.compute()

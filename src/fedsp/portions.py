@@ -88,6 +88,22 @@ def fit_portion(
     )
 
 
+def pool(portions: Sequence[Portion]) -> Portion:
+    """Put the examples of several owners together, in their order.
+
+    Args:
+        portions: At least one.
+    """
+    return Portion(
+        store=TokenStore.from_examples(ex for portion in portions for ex in portion.store),
+        rows=None,
+        num_cut=sum(portion.num_cut for portion in portions),
+        num_left_out=sum(portion.num_left_out for portion in portions),
+        origin=portions[0].origin,
+        origin_rows=[],
+    )
+
+
 def warn_of_losses(option: str, portions: Sequence[Portion], max_tokens: int | None) -> None:
     """Warn with the numbers of examples that were cut and of those that were left out, if any.
 

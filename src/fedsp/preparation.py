@@ -105,6 +105,39 @@ def prepare_auxiliary(
     return Preparation(auxiliary, before, after, cached)
 
 
+def handed_out(fabric: Fabric, server: ServerModule, kept: Path) -> Preparation:
+    """Rebuild the auxiliary model that a run gave its clients.
+
+    Args:
+        fabric: Where it will run.
+        server: With its model loaded; of the settings that the run had.
+        kept: The run's own file of the auxiliary model.
+
+    Raises:
+        ValueError: If there is no such file, or it belongs to another `model.auxiliary`.
+    """
+    check_handed_out(kept)
+    auxiliary = server.auxiliary_recipe.build(server.require_model()[0])
+    fabric.to_device(auxiliary)
+    state: Any = load_state(kept)
+    auxiliary.load(state["weights"])
+    return Preparation(auxiliary, *_qualities(state), cached=True)
+
+
+def check_handed_out(kept: Path) -> None:
+    """Refuse a run folder without the auxiliary model.
+
+    Raises:
+        ValueError: If there is none.
+    """
+    if not kept.exists():
+        raise ValueError(
+            "`privacy` and `model.deploy_auxiliary` need the auxiliary model that a run handed "
+            f"out, and there is no {kept}. `trainer.run_dir` must be the folder of a run that "
+            "`fedsp fit` has started."
+        )
+
+
 def _key(server: ServerModule, data: FederatedDataModule, trainer: Any) -> str:
     """Hash all that makes the auxiliary model, so that none of another making is taken for it."""
     recipe, batching = server.auxiliary_recipe, data.batching

@@ -36,9 +36,13 @@ class RunFolder:
         self.checkpoints = self.path / "checkpoints"
         self.clients = self.path / "clients"
         self.ledger = self.path / "ledger.jsonl"
+        self.rounds = self.path / "rounds.jsonl"
         self.metrics = self.path / "csv" / "metrics.csv"
         self.adapter = self.path / "adapter"
         self.results = self.path / "results.json"
+        self.harness = self.path / "harness.json"
+        self.harness_samples = self.path / "harness_samples.jsonl"
+        self.privacy = self.path / "privacy.json"
         self.predictions = self.path / "predictions.jsonl"
 
     def check(self, *, resume: bool) -> None:

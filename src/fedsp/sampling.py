@@ -57,3 +57,31 @@ class UniformSampler(ClientSampler):
             )
         generator = stream(seed, "cohort", round_idx=round_idx)
         return sorted(torch.randperm(num_clients, generator=generator)[:size].tolist())
+
+
+class SingleClient(ClientSampler):
+    """The same client in every round: what one party reaches alone."""
+
+    def __init__(self, client_id: int | None = None) -> None:
+        """Choose the client.
+
+        Args:
+            client_id: Index of the client; null draws one with the run's seed.
+        """
+        self.client_id = client_id
+
+    def cohort(self, num_clients: int, *, seed: int, round_idx: int) -> list[int]:
+        """Return the client; see `ClientSampler.cohort`.
+
+        Raises:
+            ValueError: If there is no such client.
+        """
+        if self.client_id is None:
+            generator = stream(seed, "single_client")
+            return [int(torch.randint(num_clients, (1,), generator=generator))]
+        if not 0 <= self.client_id < num_clients:
+            raise ValueError(
+                f"`trainer.sampler.client_id` must be in [0, {num_clients - 1}] for {num_clients} "
+                f"clients, got {self.client_id}."
+            )
+        return [self.client_id]

@@ -1,9 +1,9 @@
-"""Score an evaluation batch with a backbone and a prefix; shared by both roles.
+"""Score an evaluation batch with a backbone and a prefix, or complete prompts; for both roles.
 
-Axes: R rows (one per choice), T text tokens, N label positions of right answers.
+Axes: B questions, C choices, T text tokens, N tokens of right answers.
 """
 
-from typing import TypedDict
+from typing import Any, TypedDict
 
 import torch
 from torch import Tensor
@@ -18,7 +18,7 @@ class Scores(TypedDict):
     token_losses: Tensor
     """[N] Negative log-likelihood of every token of the right answers, in nats."""
     log_likelihood: Tensor
-    """[R] Sum of the log-likelihood over each row's label tokens, in nats."""
+    """[C] Sum of the log-likelihood over each choice's tokens, in nats."""
 
 
 def score(backbone: Backbone, batch: dict[str, Tensor], prefix: Tensor | None) -> Scores:
@@ -26,14 +26,42 @@ def score(backbone: Backbone, batch: dict[str, Tensor], prefix: Tensor | None) -
 
     Args:
         backbone: The model that reads the text.
-        batch: `input_ids`, `attention_mask`, `labels` [R, T] and `is_answer` [R] bool.
+        batch: As `fedsp.collate.collate_choices` makes it.
         prefix: [L, 2, K, P, D] or None for the bare model.
 
     Returns:
         Scores on the batch's device.
     """
-    logits, targets, rows = backbone.label_logits(batch, prefix)
+    logits, targets, choices = backbone.choice_logits(batch, prefix)
     losses = token_cross_entropy(logits, targets)
-    log_likelihood = torch.zeros(len(batch["labels"]), dtype=losses.dtype, device=losses.device)
-    log_likelihood = log_likelihood.index_add(0, rows, -losses)
-    return {"token_losses": losses[batch["is_answer"][rows]], "log_likelihood": log_likelihood}
+    is_answer = batch["is_answer"]
+    log_likelihood = torch.zeros(len(is_answer), dtype=losses.dtype, device=losses.device)
+    log_likelihood = log_likelihood.index_add(0, choices, -losses)
+    return {"token_losses": losses[is_answer[choices]], "log_likelihood": log_likelihood}
+
+
+def complete(
+    backbone: Backbone,
+    tokenizer: Any,
+    batch: dict[str, Tensor],
+    prefix: Tensor | None,
+    **options: Any,
+) -> list[str]:
+    """Continue a batch of prompts greedily.
+
+    Args:
+        backbone: The model that writes.
+        tokenizer: The transformers tokenizer of its texts.
+        batch: `input_ids` and `attention_mask` [B, T], left-padded.
+        prefix: [L, 2, K, P, D] or None for the bare model.
+        options: Passed on to `generate`, such as `max_new_tokens`.
+
+    Returns:
+        One text a row, without its prompt.
+    """
+    ids = batch["input_ids"]
+    # many models come with settings of their own that draw at random
+    options = {"do_sample": False, "pad_token_id": tokenizer.pad_token_id, **options}
+    output = backbone.generate(ids, batch["attention_mask"], prefix, **options)
+    texts: list[str] = tokenizer.batch_decode(output[:, ids.shape[1] :], skip_special_tokens=True)
+    return texts

@@ -1,6 +1,7 @@
-"""The server's role: a frozen global model and the soft prompt that is tuned on it."""
+"""The server's role: a frozen global model and what is tuned on it, as a rule a soft prompt."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -8,16 +9,23 @@ import torch
 from lightning.pytorch import LightningModule
 from torch import Tensor
 
-from fedsp.auxiliary import AuxiliaryRecipe, SharedCell
+from fedsp.auxiliary import Auxiliary, AuxiliaryRecipe, SharedCell
 from fedsp.backbone import Backbone, load_backbone
 from fedsp.distillation import Distillation
 from fedsp.losses import token_cross_entropy
-from fedsp.messages import ServerBroadcast
+from fedsp.payload import SOFT_PROMPT, Payload
 from fedsp.pretrained import NAME_OPTION, BackboneSpec, check_vocabulary, load_tokenizer
-from fedsp.scoring import Scores, score
+from fedsp.scoring import Scores, complete, score
 from fedsp.seeding import stream
-from fedsp.soft_prompt import NormalInit, PromptInitializer, SoftPrompt, check_options
+from fedsp.soft_prompt import (
+    NormalInit,
+    PromptInitializer,
+    SoftPrompt,
+    check_options,
+    pool_layers,
+)
 from fedsp.stages import Stage
+from fedsp.tuned import TunedWeights, Weights, load_weights, weights_payload
 
 NEUTRAL_TEXT = (
     "Read the text, think about what is asked, and write the answer that follows from it."
@@ -52,15 +60,17 @@ class SoftPromptSpec:
 
 
 class ServerModule(LightningModule):
-    """The global model, frozen, and its soft prompt: all that is trained and that travels."""
+    """The global model, frozen, and what is tuned on it: all that is trained and that travels."""
 
-    def __init__(
+    def __init__(  # noqa: PLR0913 - the signature is the command line's schema
         self,
         backbone: BackboneSpec = BackboneSpec(),
         soft_prompt: SoftPromptSpec = SoftPromptSpec(),
         training: Stage = Stage(),
         auxiliary: AuxiliaryRecipe | None = None,
         initial_distillation: Distillation | None = None,
+        tuned_weights: TunedWeights | None = None,
+        deploy_auxiliary: bool = False,
         seed: int | None = None,
     ) -> None:
         """Keep the settings; weights are loaded by `configure_model`, after processes have started.
@@ -74,6 +84,11 @@ class ServerModule(LightningModule):
                 first layer.
             initial_distillation: How the auxiliary model is taught before the first round; null
                 skips it.
+            tuned_weights: Weights of the model that are tuned and travel beside the soft prompt, or
+                in its place where it has no virtual tokens; null tunes the prompt alone.
+            deploy_auxiliary: Let the auxiliary model take the global model's place on the server
+                too, to be tuned and measured: FedAvg of a small model. The global model then only
+                teaches it.
             seed: Seed of the prompt's initialisation and of random weights; null takes
                 `seed_everything`.
         """
@@ -83,9 +98,14 @@ class ServerModule(LightningModule):
         self.training_stage = training
         self.auxiliary_recipe = auxiliary if auxiliary is not None else SharedCell()
         self.initial_distillation = initial_distillation
+        self.tuned_weights = tuned_weights
+        self.deploy_auxiliary = deploy_auxiliary
         self.seed = seed or 0
         self.backbone: Backbone | None = None
         self.soft_prompt: SoftPrompt | None = None
+        self._deployed: Auxiliary | None = None
+        self._weights: Weights = {}
+        self._initial_weights: Payload = {}
 
     def configure_model(self) -> None:
         """Load the global model and make the soft prompt; a second call does nothing."""
@@ -143,6 +163,81 @@ class ServerModule(LightningModule):
         offset = backbone.spec.position_offset
         return backbone.max_positions - (prompt.num_virtual_tokens if offset is None else offset)
 
+    def require_deployed(self) -> Backbone:
+        """Return the model that is tuned and measured: the global model, or the auxiliary.
+
+        Raises:
+            RuntimeError: If `configure_model` has not run.
+        """
+        return self.require_model()[0] if self._deployed is None else self._deployed.backbone
+
+    def start_tuning(self, auxiliary: Auxiliary | None = None) -> None:
+        """Set up the weights that are tuned beside the prompt; a second call does nothing.
+
+        The clients' model must have been derived by now: it is derived from an untouched one.
+
+        Args:
+            auxiliary: The clients' model, which takes the global model's place where
+                `deploy_auxiliary` is on.
+
+        Raises:
+            ValueError: If the model has no such weights.
+        """
+        if self._weights or self._deployed is not None:
+            return
+        sources = list(range(self.require_model()[0].kv_shape.num_layers))
+        if self.deploy_auxiliary and auxiliary is not None:
+            # a copy of its own: the clients train theirs
+            self._deployed = self.auxiliary_recipe.build(self.require_model()[0]).to(self.device)
+            self._deployed.load(auxiliary.state())
+            sources = list(auxiliary.sources)
+        if self.tuned_weights is not None:
+            deployed = self.require_deployed()
+            self._weights = self.tuned_weights.select(deployed, sources, self.seed)
+            self._initial_weights = weights_payload(self._weights)
+        for parameter in self.tuned_parameters():
+            parameter.requires_grad_(True)
+
+    def tuned_parameters(self) -> list[torch.nn.Parameter]:
+        """Return what the server trains."""
+        return [*self.require_model()[1].parameters(), *self._weights.values()]
+
+    def payload(self) -> Payload:
+        """Return copies of what travels: the soft prompt, tuned weights, or both."""
+        prompt = self.require_model()[1]
+        with_prompt = prompt.num_virtual_tokens or not self._weights
+        named = {SOFT_PROMPT: prompt.prefix().cpu()} if with_prompt else {}
+        return named | self.weights()
+
+    def weights(self) -> Payload:
+        """Return copies of the tuned weights, without the prompt."""
+        return weights_payload(self._weights)
+
+    @property
+    def is_exportable(self) -> bool:
+        """Whether something was tuned that others can load beside the global model."""
+        has_parts = self.prompt_spec.num_virtual_tokens > 0 or self.tuned_weights is not None
+        return has_parts and not self.deploy_auxiliary
+
+    def load_payload(self, payload: Payload) -> None:
+        """Become exactly what `payload` returned."""
+        if SOFT_PROMPT in payload:
+            self.require_model()[1].load_prefix(payload[SOFT_PROMPT])
+        load_weights(self._weights, payload)
+
+    @contextmanager
+    def as_delivered(self) -> Iterator[Backbone]:
+        """Give the global model as it was before anything was tuned, for the time of a block."""
+        tuned = weights_payload(self._weights)
+        load_weights(self._weights, self._initial_weights)
+        yield self.require_model()[0]
+        load_weights(self._weights, tuned)
+
+    def prefix(self) -> Tensor:
+        """Return [L, 2, K, P, D], the prompt as the deployed model reads it."""
+        prefix: Tensor = self.require_model()[1]()
+        return prefix if self._deployed is None else pool_layers(prefix, self._deployed.slots)
+
     def twin(self) -> "ServerModule":
         """Return a server of its own prompt over the same global model, which is not copied."""
         backbone, prompt = self.require_model()
@@ -158,20 +253,14 @@ class ServerModule(LightningModule):
         other.soft_prompt.load_state_dict(prompt.state_dict())
         return other
 
-    def broadcast(self, round_idx: int) -> ServerBroadcast:
-        """Return what the cohort of a round receives."""
-        return ServerBroadcast(round_idx, self.require_model()[1].prefix().cpu())
-
     def training_step(self, batch: dict[str, Tensor], batch_idx: int) -> Tensor:
         """Return the mean loss over the label tokens of a batch, in nats."""
-        backbone, prompt = self.require_model()
-        logits, targets, _ = backbone.label_logits(batch, prompt())
+        logits, targets, _ = self.require_deployed().label_logits(batch, self.prefix())
         return token_cross_entropy(logits, targets).mean()
 
     def validation_step(self, batch: dict[str, Tensor], batch_idx: int) -> Scores:
-        """Return the likelihoods of a batch of choices under the global model with the prompt."""
-        backbone, prompt = self.require_model()
-        return score(backbone, batch, prompt())
+        """Return the likelihoods of a batch of choices under the model as it is tuned."""
+        return score(self.require_deployed(), batch, self.prefix())
 
     def test_step(self, batch: dict[str, Tensor], batch_idx: int) -> Scores:
         """Return the same as `validation_step`."""
@@ -188,16 +277,9 @@ class ServerModule(LightningModule):
         Returns:
             One text a row, without the prompt.
         """
-        backbone, prompt = self.require_model()
-        ids = batch["input_ids"]
-        # a model's own generation_config.json may ask for sampling
-        options = {"do_sample": False, **options}
-        output = backbone.generate(ids, batch["attention_mask"], prompt(), **options)
-        texts: list[str] = self.tokenizer.batch_decode(
-            output[:, ids.shape[1] :], skip_special_tokens=True
-        )
-        return texts
+        model, prefix = self.require_deployed(), self.prefix()
+        return complete(model, self.tokenizer, batch, prefix, **options)
 
     def configure_optimizers(self) -> torch.optim.Optimizer:
-        """Return the optimizer of the soft prompt; the frozen global model is not in it."""
-        return self.training_stage.optimizer(self.require_model()[1].parameters())
+        """Return the optimizer of what is tuned; the frozen rest of the model is not in it."""
+        return self.training_stage.optimizer(self.tuned_parameters())

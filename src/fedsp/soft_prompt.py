@@ -238,29 +238,30 @@ class TextInit(PromptInitializer):
         return keys_values(torch.tensor([ids], dtype=torch.long)).float()
 
 
-def gather_layers(prefix: Tensor, layer_map: Sequence[int]) -> Tensor:
-    """Pick the prompt slots that a model of other depth reads.
+def pool_layers(prefix: Tensor, slots: Sequence[Sequence[int]]) -> Tensor:
+    """Make the prompt that a model of other depth reads.
 
     Args:
         prefix: [L, 2, K, P, D] prompt of the global model.
-        layer_map: Global layer of each of the other model's layers.
+        slots: Global layers whose slots each of the other model's layers stands for; it reads
+            their mean.
 
     Returns:
-        [len(layer_map), 2, K, P, D].
+        [len(slots), 2, K, P, D].
 
     Raises:
-        ValueError: If a layer is out of range.
+        ValueError: If a layer is out of range or named twice.
     """
-    _check_layer_map(layer_map, len(prefix))
-    return prefix[list(layer_map)]
+    _check_slots(slots, len(prefix))
+    return torch.stack([prefix[list(group)].mean(dim=0) for group in slots])
 
 
-def scatter_layers(small: Tensor, layer_map: Sequence[int], full: Tensor) -> Tensor:
-    """Put the slots of a model of other depth back to where `gather_layers` took them from.
+def spread_layers(small: Tensor, slots: Sequence[Sequence[int]], full: Tensor) -> Tensor:
+    """Put the slots of a model of other depth back to where `pool_layers` took them from.
 
     Args:
-        small: [len(layer_map), 2, K, P, D] slots to write.
-        layer_map: Global layer of each slot, without repeats.
+        small: [len(slots), 2, K, P, D] slots to write, each to all layers of its group.
+        slots: Global layers of each of them.
         full: [L, 2, K, P, D] prompt whose other layers stay as they are; it is not changed.
 
     Returns:
@@ -269,15 +270,15 @@ def scatter_layers(small: Tensor, layer_map: Sequence[int], full: Tensor) -> Ten
     Raises:
         ValueError: If a layer is out of range or named twice, or the shapes do not fit.
     """
-    _check_layer_map(layer_map, len(full))
-    if len(set(layer_map)) != len(layer_map):
-        raise ValueError(f"a layer map must name every layer once, got {list(layer_map)}.")
-    expected = (len(layer_map), *full.shape[1:])
+    _check_slots(slots, len(full))
+    expected = (len(slots), *full.shape[1:])
     if tuple(small.shape) != expected:
         raise ValueError(
             f"prompt slots of shape {list(expected)} were expected, got {list(small.shape)}."
         )
-    return full.index_copy(0, torch.tensor(list(layer_map), device=full.device), small)
+    targets = [layer for group in slots for layer in group]
+    origins = [index for index, group in enumerate(slots) for _ in group]
+    return full.index_copy(0, torch.tensor(targets, device=full.device), small[origins])
 
 
 def _prefix_shape(
@@ -287,12 +288,14 @@ def _prefix_shape(
     return num_layers, 2, num_kv_heads, num_virtual_tokens, head_dim
 
 
-def _check_layer_map(layer_map: Sequence[int], num_layers: int) -> None:
-    if any(not 0 <= layer < num_layers for layer in layer_map):
+def _check_slots(slots: Sequence[Sequence[int]], num_layers: int) -> None:
+    layers = [layer for group in slots for layer in group]
+    if any(not 0 <= layer < num_layers for layer in layers) or not all(slots):
         raise ValueError(
-            f"a layer map must stay in [0, {num_layers - 1}] for {num_layers} layers, got "
-            f"{list(layer_map)}."
+            f"slots must stay in [0, {num_layers - 1}] for {num_layers} layers, got {list(slots)}."
         )
+    if len(set(layers)) != len(layers):
+        raise ValueError(f"slots must name every layer at most once, got {list(slots)}.")
 
 
 def _check_sizes(kv_shape: tuple[int, int, int]) -> None:

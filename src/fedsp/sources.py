@@ -12,7 +12,7 @@ import tempfile
 import zlib
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -20,9 +20,11 @@ import datasets
 from datasets import Dataset
 
 from fedsp.docstrings import read_docstrings
+from fedsp.layouts import Layout
 
 Row = dict[str, Any]
 _FORMATS = (".jsonl", ".json", ".csv", ".parquet")
+_ENDINGS = (*_FORMATS, ".jsonl.gz", ".json.gz", ".csv.gz")
 
 
 class DataSource(ABC):
@@ -39,6 +41,20 @@ class DataSource(ABC):
     def fingerprint(self) -> str:
         """Return a hash of the rows' content, wherever they come from; reads all of them."""
         return content_hash(self.load())
+
+    def other_split(self, split: str) -> "DataSource":
+        """Return the source of another split of the same data set.
+
+        Args:
+            split: Its name.
+
+        Raises:
+            ValueError: If the source knows no splits.
+        """
+        raise ValueError(
+            f"{split!r} names a split of `data.clients`, and {type(self).__name__} has none. Use "
+            "fedsp.sources.Hub there, or give a source, a number of rows or a fraction here."
+        )
 
 
 def content_hash(dataset: Dataset) -> str:
@@ -83,24 +99,42 @@ class Files(DataSource):
 
 @dataclass(frozen=True)
 class Hub(DataSource):
-    """A data set of the Hugging Face hub, or a local folder laid out like one.
+    """A data set of the Hugging Face hub with its splits, or a local folder in its place.
 
     Args:
-        name: `owner/name` on the hub, or a folder.
+        name: `owner/name` on the hub, or a folder laid out like a data set of the hub.
         subset: Name of the data set's configuration. None: its only or default one.
         split: Split to read, also a slice such as `train[:10%]`.
         revision: Branch, tag or commit on the hub; fix a commit for runs that can be repeated.
+        layout: Function of a row that brings it into the form the task expects, such as
+            `fedsp.layouts.arc`. None: rows as they are.
+        folder: Folder that holds the splits as files (`train.jsonl`, `test.csv.gz`, …), already in
+            the form that the layout would give. It is read instead of the hub.
     """
 
     name: str
     subset: str | None = None
     split: str = "train"
     revision: str | None = None
+    layout: Layout | None = None
+    folder: str | None = None
 
     def load(self) -> Dataset:
-        """Download, or read from the local cache."""
+        """Read the folder; else download, or read from the local cache."""
+        if self.folder is not None:
+            return Files(str(_split_file(Path(self.folder).expanduser(), self.split))).load()
+        dataset = self._load_hub()
+        if len(dataset) == 0:
+            raise ValueError(f"The data set {self.name!r}, split {self.split!r}, holds no rows.")
+        return dataset if self.layout is None else self._lay_out(dataset, self.layout)
+
+    def other_split(self, split: str) -> "Hub":
+        """Return the same data set with another split."""
+        return replace(self, split=split)
+
+    def _load_hub(self) -> Dataset:
         try:
-            dataset = datasets.load_dataset(
+            return datasets.load_dataset(
                 self.name, self.subset, split=self.split, revision=self.revision
             )
         except (OSError, ValueError, datasets.exceptions.DatasetsError) as error:
@@ -108,11 +142,20 @@ class Hub(DataSource):
                 f"The data set `name`={self.name!r}, `subset`={self.subset!r}, "
                 f"`split`={self.split!r}, `revision`={self.revision!r} cannot be loaded: {error}. "
                 "Check the spelling, the access rights and the connection (HF_HUB_OFFLINE allows "
-                "only what is cached)."
+                "only what is cached), or give a local `folder`."
             ) from error
-        if len(dataset) == 0:
-            raise ValueError(f"The data set {self.name!r}, split {self.split!r}, holds no rows.")
-        return dataset
+
+    def _lay_out(self, dataset: Dataset, layout: Layout) -> Dataset:
+        rows = []
+        for row_idx, row in enumerate(dataset):
+            try:
+                rows.append(layout(row))
+            except (LookupError, ValueError, TypeError, AttributeError, SyntaxError) as error:
+                raise ValueError(
+                    f"The data set {self.name!r}, split {self.split!r}: row {row_idx} does not fit "
+                    f"`layout`={layout.__name__}: {error!r}. Its fields are {', '.join(row)}."
+                ) from error
+        return _to_dataset(rows, self.name)
 
 
 @dataclass(frozen=True)
@@ -137,6 +180,18 @@ class Docstrings(DataSource):
             raise ValueError("`packages` of a Docstrings source must name at least one, got none.")
         rows = read_docstrings(self.packages, max_rows=self.max_rows_per_package)
         return _to_dataset(list(rows), ", ".join(self.packages))
+
+
+def _split_file(folder: Path, split: str) -> Path:
+    found = [folder / f"{split}{end}" for end in _ENDINGS if (folder / f"{split}{end}").is_file()]
+    if len(found) != 1:
+        names = ", ".join(path.name for path in found) or "none"
+        raise ValueError(
+            f"`folder`={str(folder)!r} must hold one file of the split {split!r}, named {split} "
+            f"with one of the endings {', '.join(_ENDINGS)}; found: {names} (looked from "
+            f"{Path.cwd()})."
+        )
+    return found[0]
 
 
 def _to_dataset(rows: Sequence[Row], origin: str) -> Dataset:

@@ -46,11 +46,10 @@ def start_summary(trainer: Any) -> RenderableType:
 
 def model_rows(trainer: Any) -> Rows:
     """Return the sizes of global model, auxiliary model and prompt."""
-    backbone, prompt = trainer.server.require_model()
+    backbone = trainer.server.require_model()[0]
     auxiliary = trainer.preparation.auxiliary.summary()
     own = trainer.server.auxiliary_recipe.train_embeddings
     size = num_parameters(backbone.model.parameters())
-    prompt_size = prompt.prefix().numel()
     spec = trainer.server.backbone_spec
     name = spec.name_or_path if spec.config is None else f"random {spec.config['model_type']}"
     return [
@@ -65,20 +64,33 @@ def model_rows(trainer: Any) -> Rows:
             f"{plural(auxiliary['num_layers'], 'layer')} deep, embeddings and head "
             f"{'of its own' if own else 'shared and frozen'}",
         ),
-        (
-            "prompt",
-            f"{human_count(prompt_size)} parameters, {human_share(prompt_size / size)}: "
-            f"{plural(prompt.num_virtual_tokens, 'virtual token')} a layer",
-        ),
+        *_tuned_rows(trainer, size),
     ]
+
+
+def _tuned_rows(trainer: Any, size: int) -> Rows:
+    """What is tuned and travels: a soft prompt, weights, or both."""
+    prompt = trainer.server.require_model()[1]
+    rows = []
+    if prompt.num_virtual_tokens:
+        count = prompt.prefix().numel()
+        tokens = plural(prompt.num_virtual_tokens, "virtual token")
+        text = f"{human_count(count)} parameters, {human_share(count / size)}: {tokens} a layer"
+        rows.append(("prompt", text))
+    if trainer.server.tuned_weights is not None:
+        count = sum(tensor.numel() for tensor in trainer.server.weights().values())
+        kind = type(trainer.server.tuned_weights).__name__
+        text = f"{human_count(count)} parameters, {human_share(count / size)}: {kind}"
+        rows.append(("weights", text))
+    return rows
 
 
 def trained_rows(trainer: Any) -> Rows:
     """Return what either side trains in a round, as a share of what it runs."""
-    backbone, prompt = trainer.server.require_model()
+    backbone = trainer.server.require_model()[0]
     auxiliary, client_prompt = trainer.client.require_model()
     frozen = num_parameters(backbone.model.parameters())
-    own = list(prompt.parameters())
+    own = trainer.server.tuned_parameters()
     on_server = _trained(own, frozen + num_parameters(own), trainer.server.training_stage.steps)
     total = auxiliary.num_parameters() + num_parameters(client_prompt.parameters())
     on_client = {
@@ -177,10 +189,10 @@ def run_rows(trainer: Any) -> Rows:
 
 def message_bytes(trainer: Any) -> tuple[int, int]:
     """Return the bytes of an update and of a broadcast, as encoded."""
-    prefix = torch.zeros(trainer.federation.contract.shape)
+    payload = trainer.federation.broadcast
     wire_dtype = trainer.rules.communication.wire_dtype
-    update = encode(ClientUpdate(0, 0, prefix, 1), wire_dtype)
-    return len(update), len(encode(ServerBroadcast(0, prefix), wire_dtype))
+    update = encode(ClientUpdate(0, 0, payload, 1), wire_dtype)
+    return len(update), len(encode(ServerBroadcast(0, payload), wire_dtype))
 
 
 def num_parameters(parameters: Iterable[Parameter]) -> int:

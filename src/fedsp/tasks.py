@@ -3,20 +3,18 @@
 Nothing here reads files, splits data or makes batches.
 """
 
-import hashlib
-import json
 import string
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 from datasets import Dataset
 from transformers import PreTrainedTokenizerBase
 
 from fedsp.examples import Example
+from fedsp.templates import Row, check_template, field, fields_of, fill
+from fedsp.tokenization import chat_turn, leading_ids, tokenize
 
-Row = Mapping[str, Any]
 _ENCODED_AT_ONCE = 1000
 
 
@@ -84,7 +82,20 @@ class Task(ABC):
         """
         prompts = [self.render_prompt(row, row_idx) for row_idx, row in enumerate(rows)]
         start = leading_ids(tokenizer)
-        return [start + ids for ids in _tokenize(tokenizer, prompts)]
+        return [start + ids for ids in tokenize(tokenizer, prompts)]
+
+    def references_of(self, row: Row, row_idx: int = 0) -> list[str]:
+        """Return the texts that are right for a row, without space around them.
+
+        Args:
+            row: Field name to value.
+            row_idx: Index of the row in its source, for error messages.
+
+        Raises:
+            ValueError: As `render`.
+        """
+        rendered = self.render(row, row_idx)
+        return [rendered.choices[rendered.answer].strip()]
 
     def encode(
         self, rows: Sequence[Row], tokenizer: PreTrainedTokenizerBase, *, first_row: int = 0
@@ -100,7 +111,8 @@ class Task(ABC):
             ValueError: As `render`.
         """
         rendered = [self.render(row, first_row + idx) for idx, row in enumerate(rows)]
-        return encode_rendered(rendered, tokenizer, add_eos=self.add_eos)
+        start = leading_ids(tokenizer)
+        return encode_rendered(rendered, tokenizer, start=start, add_eos=self.add_eos)
 
     def encode_all(self, dataset: Dataset, tokenizer: PreTrainedTokenizerBase) -> Iterator[Example]:
         """Tokenise all rows of a data set, some at a time.
@@ -147,30 +159,112 @@ class PromptCompletion(Task):
         prompt: Template with field names in braces, as of Python's `str.format`; `{{` is a brace.
         completion: Template of the completion. It is taken as it stands: it should begin with the
             space or line break that separates it from the prompt.
+        references: Field with the list of all right answers, to score generated text against. None:
+            only the completion is right.
         add_eos: End every completion with the end-of-text token, so that generation learns to stop.
     """
 
     prompt: str = "{prompt}"
     completion: str = "{completion}"
+    references: str | None = None
     add_eos: bool = True
 
     def __post_init__(self) -> None:
-        _check_template("prompt", self.prompt, needs_field=False)
-        _check_template("completion", self.completion, needs_field=True)
+        check_template("prompt", self.prompt, needs_field=False)
+        check_template("completion", self.completion, needs_field=True)
 
     def render(self, row: Row, row_idx: int) -> RenderedRow:
-        """Fill both templates."""
-        prompt = _fill("prompt", self.prompt, row, row_idx)
-        completion = _fill("completion", self.completion, row, row_idx)
+        """Fill both templates; a row without its right answers is found out here."""
+        prompt = fill("prompt", self.prompt, row, row_idx)
+        completion = fill("completion", self.completion, row, row_idx)
+        if self.references is not None:
+            self.references_of(row, row_idx)
         return RenderedRow(prompt, [completion], 0, [max(1, len(completion.strip()))])
 
     def prompt_fields(self) -> list[str]:
         """Return the fields that the prompt's template names."""
-        return _fields_of(self.prompt)
+        return fields_of(self.prompt)
 
     def render_prompt(self, row: Row, row_idx: int) -> str:
         """Fill the prompt's template alone."""
-        return _fill("prompt", self.prompt, row, row_idx)
+        return fill("prompt", self.prompt, row, row_idx)
+
+    def references_of(self, row: Row, row_idx: int = 0) -> list[str]:
+        """Return all right answers of the row's `references`, else its completion."""
+        if self.references is None:
+            return [fill("completion", self.completion, row, row_idx).strip()]
+        answers = field("references", self.references, row, row_idx)
+        if not answers or not _are_texts(answers):
+            raise ValueError(
+                f"`data.task.references`={self.references!r} must give a list of non-empty texts, "
+                f"got {answers!r} in row {row_idx}."
+            )
+        return [answer.strip() for answer in answers]
+
+
+@dataclass(frozen=True)
+class ChatCompletion(Task):
+    """A user's turn and the assistant's answer, laid out by a chat template; the answer is learned.
+
+    What ends the assistant's turn is part of the answer. Space around the texts is left out, as the
+    template brings its own.
+
+    Args:
+        prompt: Template of the user's turn over the row's fields, as of Python's `str.format`.
+        completion: Template of the answer.
+        system: Text of the system's turn, not a template. None: no such turn.
+        template: Chat template in Jinja. None: that of the tokenizer.
+    """
+
+    prompt: str = "{prompt}"
+    completion: str = "{completion}"
+    system: str | None = None
+    template: str | None = None
+    add_eos = False
+
+    def __post_init__(self) -> None:
+        check_template("prompt", self.prompt, needs_field=True)
+        check_template("completion", self.completion, needs_field=True)
+
+    def render(self, row: Row, row_idx: int) -> RenderedRow:
+        """Fill both templates; the chat's own marks come with `encode`, from the tokenizer."""
+        prompt = fill("prompt", self.prompt, row, row_idx).strip()
+        completion = fill("completion", self.completion, row, row_idx).strip()
+        return RenderedRow(prompt, [completion], 0, [max(1, len(completion))])
+
+    def prompt_fields(self) -> list[str]:
+        """Return the fields that the user's turn names."""
+        return fields_of(self.prompt)
+
+    def render_prompt(self, row: Row, row_idx: int) -> str:
+        """Fill the user's turn alone."""
+        return fill("prompt", self.prompt, row, row_idx).strip()
+
+    def encode_prompts(
+        self, rows: Sequence[Row], tokenizer: PreTrainedTokenizerBase
+    ) -> list[list[int]]:
+        """Tokenise conversations up to where the assistant's answer begins."""
+        prompts = [self.render_prompt(row, row_idx) for row_idx, row in enumerate(rows)]
+        # any answer will do: what comes before it does not depend on it, or `chat_turn` refuses
+        turns = [chat_turn(tokenizer, self._turns(text, "."), self.template) for text in prompts]
+        return tokenize(tokenizer, [before for before, _ in turns])
+
+    def _turns(self, prompt: str, answer: str) -> list[dict[str, str]]:
+        system = [] if self.system is None else [{"role": "system", "content": self.system}]
+        user = {"role": "user", "content": prompt}
+        return [*system, user, {"role": "assistant", "content": answer}]
+
+    def encode(
+        self, rows: Sequence[Row], tokenizer: PreTrainedTokenizerBase, *, first_row: int = 0
+    ) -> list[Example]:
+        """Tokenise a batch of conversations; the template brings the start token if it has one."""
+        rendered = []
+        for row_idx, row in enumerate(rows, first_row):
+            plain = self.render(row, row_idx)
+            messages = self._turns(plain.prompt, plain.choices[0])
+            before, answer = chat_turn(tokenizer, messages, self.template)
+            rendered.append(RenderedRow(before, [answer], 0, plain.num_chars))
+        return encode_rendered(rendered, tokenizer, start=[])
 
 
 @dataclass(frozen=True)
@@ -178,7 +272,8 @@ class MultipleChoice(Task):
     """A question with choices of which one is right; trained on the right one, scored on all.
 
     Args:
-        question: Template of the prompt over the row's fields, as of Python's `str.format`.
+        question: Template of the prompt over the row's fields, as of Python's `str.format`;
+            `{context?}` is empty where a row lacks that field.
         choices: Field that holds the list of choices (`choices.text`: a field inside a field), or a
             list of fields that hold one choice each.
         answer: Field with the right choice: an index counted from 0, or one of the labels.
@@ -196,11 +291,11 @@ class MultipleChoice(Task):
     add_eos: bool = False
 
     def __post_init__(self) -> None:
-        _check_template("question", self.question, needs_field=True)
+        check_template("question", self.question, needs_field=True)
 
     def render(self, row: Row, row_idx: int) -> RenderedRow:
         """Fill the question and look up choices and answer."""
-        question = _fill("question", self.question, row, row_idx)
+        question = fill("question", self.question, row, row_idx)
         choices = self._choices(row, row_idx)
         answer = self._answer(row, row_idx, len(choices))
         texts = [self.choice_prefix + choice for choice in choices]
@@ -208,23 +303,23 @@ class MultipleChoice(Task):
 
     def prompt_fields(self) -> list[str]:
         """Return the fields that the question's template names."""
-        return _fields_of(self.question)
+        return fields_of(self.question)
 
     def render_prompt(self, row: Row, row_idx: int) -> str:
         """Fill the question's template alone."""
-        return _fill("question", self.question, row, row_idx)
+        return fill("question", self.question, row, row_idx)
 
     def _choices(self, row: Row, row_idx: int) -> list[str]:
         if isinstance(self.choices, str):
-            choices = _field("choices", self.choices, row, row_idx)
+            choices = field("choices", self.choices, row, row_idx)
         else:
-            choices = [_field("choices", name, row, row_idx) for name in self.choices]
+            choices = [field("choices", name, row, row_idx) for name in self.choices]
         if not isinstance(choices, list) or len(choices) < 2:
             raise ValueError(
                 f"`data.task.choices`={self.choices!r} must give at least two choices, got "
                 f"{choices!r} in row {row_idx}."
             )
-        if not all(isinstance(choice, str) and choice for choice in choices):
+        if not _are_texts(choices):
             raise ValueError(
                 f"`data.task.choices`={self.choices!r} must give non-empty texts, got {choices!r} "
                 f"in row {row_idx}."
@@ -232,7 +327,7 @@ class MultipleChoice(Task):
         return choices
 
     def _answer(self, row: Row, row_idx: int, num_choices: int) -> int:
-        value = _field("answer", self.answer, row, row_idx)
+        value = field("answer", self.answer, row, row_idx)
         labels = self._labels(row, row_idx, num_choices)
         # an index is not looked for among labels that are numbers themselves: 1 of "1", "2" is the
         # first
@@ -254,7 +349,7 @@ class MultipleChoice(Task):
     def _labels(self, row: Row, row_idx: int, num_choices: int) -> list[str]:
         if self.labels is None:
             return list(string.ascii_uppercase[:num_choices])
-        labels = _field("labels", self.labels, row, row_idx)
+        labels = field("labels", self.labels, row, row_idx)
         if not isinstance(labels, list) or len(labels) != num_choices:
             raise ValueError(
                 f"`data.task.labels`={self.labels!r} must give one label for each of the "
@@ -280,7 +375,7 @@ class RawText(Task):
     add_eos: bool = True
 
     def __post_init__(self) -> None:
-        _check_template("text", self.text, needs_field=True)
+        check_template("text", self.text, needs_field=True)
         if self.block_size is not None and self.block_size < 2:
             raise ValueError(
                 f"`data.task.block_size` must be at least 2 or null, got {self.block_size}."
@@ -288,7 +383,7 @@ class RawText(Task):
 
     def render(self, row: Row, row_idx: int) -> RenderedRow:
         """Fill the template; there is no prompt."""
-        text = _fill("text", self.text, row, row_idx)
+        text = fill("text", self.text, row, row_idx)
         return RenderedRow("", [text], 0, [max(1, len(text))])
 
     def pack(
@@ -310,7 +405,11 @@ class RawText(Task):
 
 
 def encode_rendered(
-    rendered: Sequence[RenderedRow], tokenizer: PreTrainedTokenizerBase, *, add_eos: bool
+    rendered: Sequence[RenderedRow],
+    tokenizer: PreTrainedTokenizerBase,
+    *,
+    start: list[int],
+    add_eos: bool = False,
 ) -> list[Example]:
     """Tokenise rendered rows all at once.
 
@@ -321,6 +420,7 @@ def encode_rendered(
     Args:
         rendered: Rows as text.
         tokenizer: Tokenizer of the model.
+        start: Token ids that lead every prompt.
         add_eos: End every completion with the end-of-text token.
 
     Raises:
@@ -333,10 +433,9 @@ def encode_rendered(
         )
     choices = [choice for row in rendered for choice in row.choices]
     joint = [row.prompt + choice for row in rendered for choice in row.choices]
-    prompt_ids = _tokenize(tokenizer, [row.prompt for row in rendered])
-    choice_ids = iter(_tokenize(tokenizer, choices))
-    joint_ids = iter(_tokenize(tokenizer, joint))
-    start = leading_ids(tokenizer)
+    prompt_ids = tokenize(tokenizer, [row.prompt for row in rendered])
+    choice_ids = iter(tokenize(tokenizer, choices))
+    joint_ids = iter(tokenize(tokenizer, joint))
     end = [tokenizer.eos_token_id] if add_eos else []
     examples = []
     for row, prompt in zip(rendered, prompt_ids, strict=True):
@@ -349,22 +448,9 @@ def encode_rendered(
     return examples
 
 
-def leading_ids(tokenizer: PreTrainedTokenizerBase) -> list[int]:
-    """Return the token ids that the tokenizer puts before every text: the start token, or nothing.
-
-    Args:
-        tokenizer: Tokenizer of the model.
-    """
-    bos = tokenizer.bos_token_id
-    ids = tokenizer("a", add_special_tokens=True)["input_ids"]
-    return [bos] if bos is not None and ids[:1] == [bos] else []
-
-
-def _tokenize(tokenizer: PreTrainedTokenizerBase, texts: list[str]) -> list[list[int]]:
-    if not texts:
-        return []
-    options = {"add_special_tokens": False, "return_attention_mask": False, "verbose": False}
-    return tokenizer(texts, **options)["input_ids"]
+def _are_texts(values: object) -> bool:
+    """Whether it is a list of texts, none of them empty."""
+    return isinstance(values, list) and all(isinstance(text, str) and text for text in values)
 
 
 def _blocks(documents: Sequence[Example], size: int) -> list[Example]:
@@ -376,68 +462,3 @@ def _blocks(documents: Sequence[Example], size: int) -> list[Example]:
     if len(pieces) > 1 and not lead and len(pieces[-1]) == 1:
         pieces.pop()  # nothing comes before a lone token: it could never be predicted
     return [Example(lead, [piece], 0, [max(1, round(chars * len(piece)))]) for piece in pieces]
-
-
-def _check_template(option: str, template: str, *, needs_field: bool) -> None:
-    try:
-        names = [name for _, name, _, _ in string.Formatter().parse(template) if name is not None]
-    except ValueError as error:
-        raise ValueError(
-            f"`data.task.{option}`={template!r} is no template: {error}. Write field names in "
-            "braces, a brace itself as '{{' or '}}'."
-        ) from error
-    if "" in names or any(name.isdecimal() for name in names):
-        raise ValueError(f"`data.task.{option}`={template!r} must name its fields, not count them.")
-    if needs_field and not names:
-        raise ValueError(
-            f"`data.task.{option}`={template!r} names no field. Write the field in braces, such as "
-            f"'{{{template.strip() or 'text'}}}'."
-        )
-
-
-def _fields_of(template: str) -> list[str]:
-    """Fields of the row that a template reads, each once."""
-    names = [name for _, name, _, _ in string.Formatter().parse(template) if name is not None]
-    return list(dict.fromkeys(name.split("[")[0].split(".")[0] for name in names))
-
-
-def _fill(option: str, template: str, row: Row, row_idx: int) -> str:
-    for name in _fields_of(template):
-        _field(option, name, row, row_idx)
-    try:
-        return template.format_map(row)
-    except (AttributeError, LookupError, ValueError, TypeError) as error:
-        raise ValueError(
-            f"`data.task.{option}`={template!r} cannot be filled from row {row_idx}: {error!r}."
-        ) from error
-
-
-def _field(option: str, path: str, row: Row, row_idx: int) -> Any:
-    value: Any = row
-    for name in path.split("."):
-        if not isinstance(value, Mapping) or value.get(name) is None:
-            raise ValueError(
-                f"`data.task.{option}` names the field {path!r}, which row {row_idx} lacks or "
-                f"leaves empty (null). Its fields are {', '.join(row)}."
-            )
-        value = value[name]
-    return value
-
-
-def tokenizer_hash(tokenizer: PreTrainedTokenizerBase) -> str:
-    """Hash everything that decides a text's token ids.
-
-    Args:
-        tokenizer: A tokenizer; its padding and truncation settings change with use and do not
-            count.
-
-    Returns:
-        64 hexadecimal digits.
-    """
-    backend = getattr(tokenizer, "backend_tokenizer", None)
-    content = json.loads(backend.to_str()) if backend is not None else tokenizer.get_vocab()
-    content.pop("padding", None)
-    content.pop("truncation", None)
-    special = [tokenizer.bos_token_id, tokenizer.eos_token_id, leading_ids(tokenizer)]
-    text = json.dumps([type(tokenizer).__name__, special, content], sort_keys=True)
-    return hashlib.sha256(text.encode()).hexdigest()

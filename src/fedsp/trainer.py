@@ -3,8 +3,6 @@
 import json
 import time
 import warnings
-from collections.abc import Callable
-from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -12,15 +10,16 @@ from lightning.fabric.accelerators import Accelerator
 from lightning.fabric.plugins import CheckpointIO, ClusterEnvironment, Precision
 from lightning.fabric.strategies import Strategy
 from lightning.pytorch.cli import OptimizerCallable
-from torch import Tensor
 
 from fedsp.aggregation import Aggregator, ServerOptimizer, StreamingMean
 from fedsp.callbacks import FederatedCallback
 from fedsp.checkpoint import Checkpoints, RunState
 from fedsp.client import ClientModule
 from fedsp.data import FederatedDataModule
+from fedsp.evaluation import Subject, check_completions, measure_split, model_subject
 from fedsp.export import export_adapter
 from fedsp.federation import Communication, Rules
+from fedsp.harness import Harness, find_tasks, run_harness, write_harness
 from fedsp.history import Evaluation, History
 from fedsp.ledger import Ledger, next_attempt
 from fedsp.opening import (
@@ -31,13 +30,15 @@ from fedsp.opening import (
     open_federation,
     set_up_data,
 )
-from fedsp.phases import evaluate
+from fedsp.payload import Payload
 from fedsp.predictions import check_output, write_predictions
+from fedsp.preparation import check_handed_out, handed_out
+from fedsp.privacy_report import report_privacy
 from fedsp.progress import RichProgress
 from fedsp.prompts import Prompts
+from fedsp.round_recorder import RoundRecorder
 from fedsp.run_folder import RunFolder
 from fedsp.sampling import ClientSampler, UniformSampler
-from fedsp.scoring import Scores, score
 from fedsp.server import ServerModule
 from fedsp.state_files import write_text_atomically
 from fedsp.tracking import LoggerFactory, Tracker, csv_logger
@@ -57,7 +58,6 @@ RESUME_IGNORES = (
     "config",
 )
 Plugin = Precision | ClusterEnvironment | CheckpointIO
-ScoreBatch = Callable[[dict[str, Tensor], int], Scores]
 
 
 class FederatedTrainer:
@@ -127,7 +127,8 @@ class FederatedTrainer:
         ):
             if number < 0:
                 raise ValueError(f"`trainer.{name}` must be at least 0, got {number}.")
-        self.callbacks = [*_as_list(callbacks), *([RichProgress()] if enable_progress_bar else [])]
+        shown = [RichProgress()] if enable_progress_bar else []
+        self.callbacks = [*_as_list(callbacks), RoundRecorder(), *shown]
         self.fabric = make_fabric(
             {
                 "accelerator": accelerator,
@@ -211,9 +212,9 @@ class FederatedTrainer:
             return {}
         measured = self.measure(self.server, "selection")
         metrics = {f"server/val_{name}": value for name, value in measured.items()}
-        prefix = self.server.require_model()[1].prefix().cpu()
-        if self.history.offer(round_idx, metrics, prefix):
-            tree = {"federation": {"prefix": prefix}, "metrics": metrics}
+        payload = self.server.payload()
+        if self.history.offer(round_idx, metrics, payload):
+            tree = {"federation": {"payload": payload}, "metrics": metrics}
             self.checkpoints.save_best(tree, round_idx=round_idx + 1, config=self.config)
         return metrics
 
@@ -246,8 +247,10 @@ class FederatedTrainer:
         client: ClientModule,
         datamodule: FederatedDataModule,
         ckpt_path: str | None = "best",
+        harness: Harness | None = None,
+        privacy: bool = False,
     ) -> dict[str, float]:
-        """Measure a run's prompt on the test split.
+        """Measure a run's prompt on the test split, and in other ways where asked.
 
         Args:
             model: The server.
@@ -255,11 +258,25 @@ class FederatedTrainer:
             datamodule: Every party's data.
             ckpt_path: `best` or `last` of `trainer.run_dir`, a checkpoint file, or null for the
                 initial prompt.
+            harness: What lm-evaluation-harness runs on the global model with the prompt; its
+                figures are written to `harness.json` in the run folder. Null: nothing.
+            privacy: Also measure how much of the global model's worth the clients were given
+                (docs/privacy.md), and write it to `privacy.json` in the run folder.
 
         Returns:
             Metrics by name.
         """
-        return self._measure_run(model, datamodule, "test", ckpt_path)
+        manager = find_tasks(harness) if harness is not None else None
+        if privacy:
+            check_handed_out(self.folder.auxiliary)
+        metrics = self._measure_run(model, datamodule, "test", ckpt_path)
+        if privacy:
+            report_privacy(self)
+        if harness is not None:
+            results = run_harness(self.fabric, model, harness, manager)
+            folder = self.folder
+            self.fabric.print(write_harness(results, folder.harness, folder.harness_samples))
+        return metrics
 
     def predict(
         self,
@@ -287,9 +304,9 @@ class FederatedTrainer:
         path = check_output(output) if output else self.folder.predictions
         prompts = Prompts(input, datamodule.task) if input else None
         if prompts is None:
-            prefix = self._prefix_of(ckpt_path)
+            payload = self._payload_of(ckpt_path)
             self._launch(model, datamodule, "predict")
-            self._load(prefix)
+            self._load(payload)
             batches = datamodule.predict_dataloader()
         else:
             self.load_run(model, datamodule, ckpt_path)
@@ -318,6 +335,11 @@ class FederatedTrainer:
                 initial prompt.
             output_dir: Folder of the adapter; null writes `adapter` in the run folder.
         """
+        if model.deploy_auxiliary:
+            raise ValueError(
+                "`model.deploy_auxiliary` tunes the auxiliary model, which peft cannot load: only "
+                "what was tuned on the global model can be exported."
+            )
         self.load_run(model, datamodule, ckpt_path)
         measured = self.folder.results if ckpt_path == "best" else None
         results = json.loads(measured.read_text()) if measured and measured.exists() else {}
@@ -328,10 +350,10 @@ class FederatedTrainer:
         self, model: ServerModule, datamodule: FederatedDataModule, ckpt_path: str | None
     ) -> None:
         """Load the global model with a run's prompt; of the data only tokenizer and limits."""
-        prefix = self._prefix_of(ckpt_path)
+        payload = self._payload_of(ckpt_path)
         self.server = model
         launch(self.fabric, model)
-        self._load(prefix)
+        self._load(payload)
         join_data(model, datamodule)
 
     # --- what callbacks may use -------------------------------------------------------------------
@@ -341,14 +363,14 @@ class FederatedTrainer:
         self.fabric.call(hook, self, *args)
 
     def measure(self, server: ServerModule, split: str) -> dict[str, float]:
-        """Measure a server's prompt on `selection` or `test`; see `fedsp.phases.evaluate`."""
+        """Measure a server's prompt on `selection` or `test`; see `fedsp.evaluation`."""
         server.eval()
-        return self._evaluate(split, server.validation_step)
+        return measure_split(self, Subject(server.validation_step, server.predict_step), split)
 
     def measure_zero_shot(self, split: str) -> dict[str, float]:
         """Measure the global model without a prompt on `selection` or `test`."""
-        backbone = self.server.require_model()[0]
-        return self._evaluate(split, lambda batch, _: score(backbone, batch, None))
+        with self.server.as_delivered() as model:
+            return measure_split(self, model_subject(model, None, self.server.tokenizer), split)
 
     # --- opening and closing ----------------------------------------------------------------------
 
@@ -362,7 +384,8 @@ class FederatedTrainer:
         """Make the last checks, then create the run's files: from here on a run can be resumed."""
         cohort = self.sampler.cohort(self.data.num_clients, seed=self.seed, round_idx=0)
         self.rules.aggregator.check(len(cohort))
-        check_run(self.server, client, self.data, self.history.evaluation.monitor)
+        evaluation = self.history.evaluation
+        check_run(self.server, client, self.data, cohort=cohort, evaluation=evaluation)
         # a logger that is not installed must leave no folder behind that looks like a run
         self.tracker = Tracker(self.loggers, self.folder.path)
         self.folder.create(self.config_text)
@@ -393,7 +416,7 @@ class FederatedTrainer:
         best = self.history.best
         results: dict[str, Any] = {"selection": {"zero_shot": self.history.zero_shot}}
         if best is not None:
-            self._load(best.prefix)
+            self.server.load_payload(best.payload)
             results["selection"]["best"] = {
                 "round": best.round_idx,
                 self.history.evaluation.monitor: best.value,
@@ -406,16 +429,21 @@ class FederatedTrainer:
         self.call("on_test_end", results)
         results["rounds"] = self.history.rounds
         write_text_atomically(self.folder.results, json.dumps(results, indent=2) + "\n")
-        if self.federation.contract.shape[3]:
-            try:
+        try:
+            if self.server.is_exportable:
                 self._export(results, self.folder.adapter)
-            except ValueError as error:  # a long training must not fail for the adapter's sake
-                warnings.warn(f"no adapter is written: {error}", stacklevel=2)
+        except ValueError as error:  # a long training must not fail for the adapter's sake
+            warnings.warn(f"no adapter is written: {error}", stacklevel=2)
         self.call("on_fit_end", results)
 
     def _export(self, results: dict[str, Any], folder: Path) -> Path:
         backbone, prompt = self.server.require_model()
         base_model = self.server.backbone_spec.name_or_path
+        if self.server.tuned_weights is not None:
+            folder.mkdir(parents=True, exist_ok=True)
+            self.server.tuned_weights.export(self.server.weights(), backbone, folder, base_model)
+            if not prompt.num_virtual_tokens:
+                return folder
         figures = {name: value for name, value in results.items() if name in ("selection", "test")}
         return export_adapter(
             prompt.prefix(), backbone, folder, base_model=base_model, results=figures
@@ -424,19 +452,12 @@ class FederatedTrainer:
     def _measure_run(
         self, server: ServerModule, data: FederatedDataModule, split: str, ckpt_path: str | None
     ) -> dict[str, float]:
-        prefix = self._prefix_of(ckpt_path)
+        payload = self._payload_of(ckpt_path)
         self._launch(server, data, split)
-        self._load(prefix)
+        check_completions(data, split, self.history.evaluation)
+        self._load(payload)
         metrics = self.measure(server, split)
         self.fabric.print(json.dumps({split: metrics}, indent=2))
-        return metrics
-
-    def _evaluate(self, split: str, score_batch: ScoreBatch) -> dict[str, float]:
-        loader = {"selection": self.data.val_dataloader, "test": self.data.test_dataloader}[split]()
-        self.call("on_evaluation_start", split, len(loader))
-        on_step = partial(self.call, "on_evaluation_step")
-        metrics = evaluate(self.fabric, score_batch, loader, on_step=on_step)
-        self.call("on_evaluation_end", split, metrics)
         return metrics
 
     # --- checkpoints ------------------------------------------------------------------------------
@@ -480,15 +501,19 @@ class FederatedTrainer:
         config = self.config or None
         return self.checkpoints.load(ckpt_path, config=config, ignore=RESUME_IGNORES)
 
-    def _prefix_of(self, ckpt_path: str | None) -> Tensor | None:
+    def _payload_of(self, ckpt_path: str | None) -> Payload | None:
         if ckpt_path is None:
             return None
-        prefix: Tensor = self.checkpoints.load(ckpt_path).tree["federation"]["prefix"]
-        return prefix
+        payload: Payload = self.checkpoints.load(ckpt_path).tree["federation"]["payload"]
+        return payload
 
-    def _load(self, prefix: Tensor | None) -> None:
-        if prefix is not None:
-            self.server.require_model()[1].load_prefix(prefix)
+    def _load(self, payload: Payload | None) -> None:
+        auxiliary = None
+        if self.server.deploy_auxiliary:
+            auxiliary = handed_out(self.fabric, self.server, self.folder.auxiliary).auxiliary
+        self.server.start_tuning(auxiliary)
+        if payload is not None:
+            self.server.load_payload(payload)
 
 
 def _as_list(value: Any) -> list[Any]:

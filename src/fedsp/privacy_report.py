@@ -1,0 +1,273 @@
+"""How much of the global model a client has in its hands, measured: the model-privacy report.
+
+What the figures mean is said in docs/privacy.md. Data privacy is another matter and not here.
+"""
+
+import hashlib
+import json
+import math
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from io import StringIO
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.table import Table
+from torch import Tensor
+
+from fedsp.callbacks import FederatedCallback
+from fedsp.display import human_count, human_loss, human_share
+from fedsp.evaluation import measure_split, model_subject
+from fedsp.preparation import handed_out
+from fedsp.soft_prompt import pool_layers
+from fedsp.state_files import write_text_atomically
+
+_TITLES = {
+    "global_prompt": "global model + prompt",
+    "global": "global model alone",
+    "auxiliary_prompt": "auxiliary model + prompt",
+    "auxiliary": "auxiliary model alone",
+}
+
+
+@dataclass(frozen=True)
+class Held:
+    """Which of the global model's numbers a client can read in what it was handed.
+
+    Args:
+        share_of_global: Parameters of the auxiliary model over those of the global one.
+        verbatim: Names of the global model's tensors that the client has exactly.
+        verbatim_share: Their share of the global model's parameters.
+        changed: By name, the auxiliary model's other tensors: the global tensor of that shape that
+            comes nearest (None where no other has the shape) and the distance between the two as a
+            share of its norm.
+        changed_share: Parameters in `changed` over those of the global model.
+    """
+
+    share_of_global: float
+    verbatim: list[str]
+    verbatim_share: float
+    changed: dict[str, tuple[str | None, float]]
+    changed_share: float
+
+
+def compare_tensors(handout: Mapping[str, Tensor], model: Mapping[str, Tensor]) -> Held:
+    """Find the global model's tensors among those that a client was handed.
+
+    A tensor that rounds to the global model's number format as one of its tensors counts as that.
+
+    Args:
+        handout: The client's tensors by name, each once.
+        model: The global model's by name, each once.
+    """
+    total = sum(tensor.numel() for tensor in model.values())
+    dtype = next(iter(model.values())).dtype
+    own = {name: _digest(tensor.to(dtype)) for name, tensor in handout.items()}
+    theirs = {name: _digest(tensor) for name, tensor in model.items()}
+    both = set(own.values()) & set(theirs.values())
+    verbatim = [name for name, digest in theirs.items() if digest in both]
+    changed = {
+        name: _nearest(tensor, model) for name, tensor in handout.items() if own[name] not in both
+    }
+    return Held(
+        sum(tensor.numel() for tensor in handout.values()) / total,
+        verbatim,
+        sum(model[name].numel() for name in verbatim) / total,
+        changed,
+        sum(handout[name].numel() for name in changed) / total,
+    )
+
+
+def _digest(tensor: Tensor) -> tuple[tuple[int, ...], bytes]:
+    data = tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy()
+    return tuple(tensor.shape), hashlib.sha256(data.tobytes()).digest()
+
+
+def _nearest(tensor: Tensor, model: Mapping[str, Tensor]) -> tuple[str | None, float]:
+    """Return the name of the nearest tensor of the same shape, and how far it is."""
+    distances = [
+        (float((tensor.float() - other).norm() / other.norm().clamp(min=1e-30)), name)
+        for name, other in ((name, other.detach().cpu().float()) for name, other in model.items())
+        if other.shape == tensor.shape
+    ]
+    distance, name = min(distances, default=(math.inf, None))
+    return name, distance
+
+
+def leaked_share(client: float, server: float, guessing: float) -> float | None:
+    """Return how much of the server's lead over guessing the client has too.
+
+    Args:
+        client: A metric of what the client holds.
+        server: The same of what the server holds.
+        guessing: The same of a model that knows nothing.
+
+    Returns:
+        0: no better than guessing, 1: as good as the server; below or above where it is worse or
+        better. None where the server itself is not better than guessing.
+    """
+    lead = guessing - server
+    # a rounding error of a lead is none
+    return None if abs(lead) < 1e-9 else (guessing - client) / lead
+
+
+def measure_privacy(trainer: Any) -> dict[str, Any]:
+    """Measure on the test split what the server holds, what a client holds, and what is in both.
+
+    Args:
+        trainer: A `FederatedTrainer` whose server holds the prompt to report on.
+
+    Returns:
+        Plain data; docs/privacy.md says what each figure means.
+
+    Raises:
+        ValueError: If the run folder holds no auxiliary model, there is no test split, or
+            something else than a soft prompt on the global model was tuned.
+    """
+    backbone, prompt = trainer.server.require_model()
+    if trainer.server.tuned_weights is not None or trainer.server.deploy_auxiliary:
+        raise ValueError(
+            "The model-privacy report compares a soft prompt on the global model with the same on "
+            "the clients' model; `model.tuned_weights` and `model.deploy_auxiliary` tune another."
+        )
+    made = handed_out(trainer.fabric, trainer.server, trainer.folder.auxiliary)
+    auxiliary, prefix = made.auxiliary, prompt.prefix().detach()
+    sides = {
+        "global_prompt": (backbone, prefix),
+        "global": (backbone, None),
+        "auxiliary_prompt": (auxiliary.backbone, pool_layers(prefix, auxiliary.slots)),
+        "auxiliary": (auxiliary.backbone, None),
+    }
+    metrics = {
+        # nothing is written: an auxiliary model of two number formats cannot
+        name: measure_split(trainer, model_subject(model, side_prefix), "test")
+        for name, (model, side_prefix) in sides.items()
+    }
+    guessing = {"loss": math.log(backbone.vocab_size)}
+    if "accuracy" in metrics["global"]:
+        guessing["accuracy"] = trainer.data.chance("test")
+    server, client = metrics["global_prompt"], metrics["auxiliary_prompt"]
+    handout = auxiliary.handout()
+    held = compare_tensors(handout, _tensors(backbone.model, handout))
+    return {
+        "split": "test",
+        "metrics": metrics,
+        "guessing": guessing,
+        "leaked": {
+            name: leaked_share(client[name], server[name], value)
+            for name, value in guessing.items()
+        },
+        "prompt_gain": {
+            side: metrics[side]["loss"] - metrics[f"{side}_prompt"]["loss"]
+            for side in ("global", "auxiliary")
+        },
+        "quality": None if made.after is None else asdict(made.after),
+        "held": asdict(held),
+    }
+
+
+def _tensors(model: torch.nn.Module, handout: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Return the global model's parameters, and what else of its state is handed out."""
+    state = model.state_dict(keep_vars=True)
+    buffers = {
+        name: buffer for name, buffer in model.named_buffers() if name in state and name in handout
+    }
+    return {**dict(model.named_parameters()), **buffers}
+
+
+def report_privacy(trainer: Any) -> dict[str, Any]:
+    """Measure, write `privacy.json` into the run folder, and print a summary.
+
+    Args:
+        trainer: As `measure_privacy` takes it.
+
+    Returns:
+        What was measured.
+
+    Raises:
+        ValueError: As `measure_privacy`.
+    """
+    report = measure_privacy(trainer)
+    write_text_atomically(trainer.folder.privacy, json.dumps(report, indent=2) + "\n")
+    trainer.fabric.print(summary(report))
+    return report
+
+
+def summary(report: Mapping[str, Any]) -> str:
+    """Return the report as people read it.
+
+    Args:
+        report: What `measure_privacy` returned.
+    """
+    rows: dict[str, Mapping[str, float]] = {
+        **{title: report["metrics"][name] for name, title in _TITLES.items()},
+        "guessing": report["guessing"],
+    }
+    server, guessing = report["metrics"]["global_prompt"], report["guessing"]
+    table = Table("model privacy, test split", box=None, pad_edge=False, header_style="bold")
+    for name in guessing:
+        table.add_column(name, justify="right")
+        table.add_column("worth", justify="right")
+    for title, metrics in rows.items():
+        cells = []
+        for name, chance in guessing.items():
+            share = leaked_share(metrics[name], server[name], chance)
+            value = human_loss(metrics[name]) if name == "loss" else human_share(metrics[name])
+            cells += [value, "-" if share is None else human_share(share)]
+        table.add_row(title, *cells)
+    out = StringIO()
+    console = Console(file=out, width=100, color_system=None)
+    console.print(table)
+    console.print()
+    for line in _held_lines(report["held"]):
+        console.print(line, highlight=False)
+    return out.getvalue().rstrip()
+
+
+def _held_lines(held: Mapping[str, Any]) -> list[str]:
+    changed = [distance for _, distance in held["changed"].values()]
+    lines = [
+        f"a client holds {human_share(held['share_of_global'])} as many parameters as the global "
+        "model:",
+        f"  {human_share(held['verbatim_share'])} are the global model's own, in "
+        f"{human_count(len(held['verbatim']))} tensors: {_names(held['verbatim'])}",
+    ]
+    if changed:
+        lines.append(
+            f"  {human_share(held['changed_share'])} are changed, in {human_count(len(changed))} "
+            f"tensors, by {human_share(min(changed))} to {human_share(max(changed))} of the norm "
+            "of the nearest tensor"
+        )
+    return lines
+
+
+def _names(names: list[str]) -> str:
+    shown = ", ".join(names[:3])
+    return shown if len(names) <= 3 else f"{shown}, ..."
+
+
+class ModelPrivacy(FederatedCallback):
+    """Ends a run with the model-privacy report of its best prompt: `privacy.json`."""
+
+    def on_fit_start(self, trainer: Any) -> None:
+        """Make sure that there is something to measure on.
+
+        Raises:
+            ValueError: If there is no test split.
+        """
+        if not trainer.data.num_examples("test"):
+            raise ValueError(
+                "`trainer.callbacks`: ModelPrivacy measures on the test split, but `data.test` is "
+                "null. Give it data or leave the callback out."
+            )
+
+    def on_test_end(self, trainer: Any, results: dict[str, Any]) -> None:
+        """Report, and add the leaked shares to the run's results.
+
+        Args:
+            trainer: At the end of its run.
+            results: What will be written to `results.json`; gets `privacy`.
+        """
+        report = report_privacy(trainer)
+        results["privacy"] = {name: report[name] for name in ("leaked", "prompt_gain")}
