@@ -79,3 +79,53 @@ def test_a_client_that_trains_no_auxiliary_keeps_none(tmp_path: Path) -> None:
 def test_an_update_before_a_broadcast_is_refused(tmp_path: Path) -> None:
     with pytest.raises(RuntimeError, match="call `receive\\(\\)` first"):
         _installed(tmp_path, SharedCell()).update(0, 1)
+
+
+# --- FedProx --------------------------------------------------------------------------------------
+
+
+def _moved(tmp_path: Path, **options: object) -> tuple[ClientModule, dict[str, torch.Tensor]]:
+    """A client whose prompt has left the broadcast by 0.5 in every number, and a batch."""
+    client = _installed(tmp_path, KeptLayers(layers=[0, 3]), dropout=0.0, **options)
+    client.receive(_broadcast())
+    client.set_stages(["soft_prompt"])
+    with torch.no_grad():
+        client.require_model()[1].values.add_(0.5)
+    ids = torch.randint(1, 250, (2, 9), generator=torch.Generator().manual_seed(0))
+    return client, {"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": ids}
+
+
+def test_the_proximal_term_and_its_gradient_are_the_closed_form(tmp_path: Path) -> None:
+    """Half of mu times the squared distance, whose gradient is mu times the distance."""
+    losses, gradients = {}, {}
+    for weight in (0.0, 3.0):
+        client, batch = _moved(tmp_path, proximal_weight=weight)
+        losses[weight] = client.training_step(batch, 0)
+        losses[weight].backward()
+        gradients[weight] = client.require_model()[1].values.grad
+    numbers = gradients[0.0].numel()
+    assert numbers == 2 * 2 * 4 * 4 * 8  # only the layers that the auxiliary model has
+    assert torch.allclose(losses[3.0] - losses[0.0], torch.tensor(1.5 * 0.25 * numbers))
+    expected = gradients[0.0] + 3.0 * 0.5
+    assert torch.allclose(gradients[3.0], expected, atol=1e-5)
+
+
+def test_dropout_is_no_distance_and_an_unmoved_prompt_pays_nothing(tmp_path: Path) -> None:
+    client, batch = _moved(tmp_path, proximal_weight=1e6)
+    client.receive(_broadcast())
+    client.require_model()[1].dropout = 0.5
+    loss = client.training_step(batch, 0)
+    assert loss < 20
+
+
+def test_a_negative_proximal_weight_is_refused() -> None:
+    message = "`client.proximal_weight` must be at least 0, got -1.0"
+    with pytest.raises(ValueError, match=message):
+        ClientModule(proximal_weight=-1.0)
+
+
+def test_a_proximal_step_before_a_broadcast_is_refused(tmp_path: Path) -> None:
+    client = _installed(tmp_path, SharedCell(), proximal_weight=1.0)
+    ids = torch.ones(1, 4, dtype=torch.long)
+    with pytest.raises(RuntimeError, match="call `receive\\(\\)` first"):
+        client.training_step({"input_ids": ids, "attention_mask": ids, "labels": ids}, 0)

@@ -8,7 +8,7 @@ from importlib.metadata import entry_points, version
 import pytest
 
 from fedsp.__main__ import HELP
-from fedsp.cli import SUBCOMMANDS, FederatedCLI
+from fedsp.cli import SUBCOMMANDS, FederatedCLI, chat
 from fedsp.report_commands import COMMANDS
 from fedsp.trainer import FederatedTrainer
 
@@ -43,6 +43,7 @@ def test_the_version_is_the_packages() -> None:
 
 def test_help_lists_exactly_the_commands_with_their_own_words() -> None:
     listed = dict(re.findall(r"^  (\w+) {2,}(.*)$", HELP, re.MULTILINE))
+    assert listed.pop("chat") == (chat.__doc__ or "").splitlines()[0]
     assert tuple(FederatedCLI.subcommands()) == SUBCOMMANDS
     assert tuple(listed) == (*SUBCOMMANDS, *COMMANDS)
     assert "{" + ",".join(SUBCOMMANDS) + "}" in HELP

@@ -1,6 +1,7 @@
 """The adapter against peft itself: what `PeftModel.from_pretrained` makes of it."""
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,7 @@ from peft import PeftModel, PrefixTuningConfig, get_peft_model
 from torch import Tensor
 
 from families import ROTARY, random_prefix, random_text, tiny_backbone
-from fedsp.backbone import Backbone
+from fedsp.backbone import Backbone, load_backbone
 from fedsp.export import export_adapter, import_adapter
 from fedsp.pretrained import BackboneSpec
 from fedsp.stages import Stage
@@ -207,3 +208,29 @@ def test_a_run_that_peft_cannot_express_ends_with_a_warning_and_its_results(
     assert trainer.history.rounds_done == 1
     assert (tmp_path / "run" / "results.json").exists()
     assert not (tmp_path / "run" / "adapter").exists()
+
+
+# --- the code in the documentation ----------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@torch.no_grad()
+def test_the_documented_code_completes_as_the_backbone_does(tmp_path: Path, dtype: Any) -> None:
+    backbone = load_backbone(BackboneSpec(dtype=dtype))
+    prefix = random_prefix(backbone, 5)
+    export_adapter(prefix, backbone, tmp_path, base_model="fedsp://docstring-nano", results={})
+    page = (Path(__file__).parents[1] / "docs" / "inference.md").read_text()
+    (code,) = re.findall(r"```python\n(.*?)```", page, re.DOTALL)
+    assert "torch.bfloat16" in code
+    for old, new in (("runs/quickstart/adapter", str(tmp_path)), ("bfloat16", dtype)):
+        code = code.replace(old, new)
+    names: dict[str, Any] = {}
+    exec(code, names)
+    ids = names["inputs"]["input_ids"]
+    output = backbone.generate(
+        ids, torch.ones_like(ids), prefix, max_new_tokens=20, do_sample=False
+    )
+    text = names["tokenizer"].decode(output[0, ids.shape[1] :], skip_special_tokens=True)
+    assert names["completion"]
+    if dtype == "float32":  # in bf16 a near tie may fall the other way
+        assert names["completion"] == text

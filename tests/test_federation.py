@@ -9,7 +9,14 @@ import torch
 from lightning.fabric import Fabric
 from torch import Tensor
 
-from fedsp.aggregation import ServerOptimizer, StreamingMean
+from fedsp.aggregation import (
+    Aggregator,
+    CoordinateMedian,
+    MultiKrum,
+    NormClipping,
+    ServerOptimizer,
+    StreamingMean,
+)
 from fedsp.callbacks import FederatedCallback
 from fedsp.executors import Executor, Reply
 from fedsp.federation import Communication, Federation, Rules
@@ -85,6 +92,7 @@ def make_federation(
     *,
     communication: Communication | None = None,
     weighted: bool = False,
+    aggregator: Aggregator | None = None,
     optimizer: Any = None,
     training: Stage | None = None,
 ) -> Federation:
@@ -95,7 +103,8 @@ def make_federation(
     data.limit_tokens(60)
     data.setup("fit")
     executor = Scripted(change, communication.wire_dtype)
-    rules = Rules(communication, StreamingMean(weighted), ServerOptimizer(optimizer))
+    rule = aggregator or StreamingMean(weighted)
+    rules = Rules(communication, rule, ServerOptimizer(optimizer))
     federation = Federation(
         Fabric(accelerator="cpu", devices=1), server, data, executor, rules, num_rounds=2, seed=0
     )
@@ -240,6 +249,33 @@ def test_too_few_accepted_updates_keep_the_servers_prompt(
     assert torch.equal(federation.broadcast["soft_prompt"], start) != adopted
     assert ("on_aggregate_end" in calls.names()) == adopted
     assert torch.isfinite(federation.server.require_model()[1].prefix()).all()
+
+
+def attack(prefix: Tensor, round_idx: int, client_id: int) -> Tensor:
+    """Client 2 pulls away, the others agree."""
+    return prefix + {0: 0.01, 1: 0.03, 2: 100.0}[client_id]
+
+
+def test_robust_rules_follow_the_honest_clients_of_a_round(tmp_path: Path) -> None:
+    length = 1024**0.5  # of a change by 1 in every number of the tiny prompt
+    for rule, expected in (
+        (CoordinateMedian(), 0.03),
+        (MultiKrum(0), 0.01),
+        (NormClipping(0.03 * length), 0.07 / 3),
+        (NormClipping(0.02 * length, CoordinateMedian()), 0.02),
+    ):
+        federation = make_federation(tmp_path, attack, aggregator=rule)
+        start = federation.broadcast["soft_prompt"].clone()
+        assert start.numel() == length**2
+        federation.collect(0, [0, 1, 2], Calls())
+        assert torch.allclose(federation.broadcast["soft_prompt"], start + expected, atol=1e-6)
+
+
+def test_a_rule_is_not_asked_about_fewer_updates_than_it_needs(tmp_path: Path) -> None:
+    federation = make_federation(tmp_path, misbehaving, aggregator=MultiKrum(0))
+    start = federation.broadcast["soft_prompt"].clone()
+    federation.collect(0, [0, 1, 2], Calls())  # one of the three is rejected
+    assert torch.equal(federation.broadcast["soft_prompt"], start)
 
 
 @pytest.mark.parametrize("fault", ["another client", "another round", "weights", "noise"])

@@ -143,6 +143,7 @@ def test_commands_are_given_where_their_files_are(tmp_path: Path) -> None:
     assert commands == [
         f"fedsp test --config '{tmp_path}/my run/config.yaml'",
         f"fedsp predict --config '{tmp_path}/my run/config.yaml'",
+        f"fedsp chat '{tmp_path}/my run'",
         f"peft.PeftModel.from_pretrained(model, '{tmp_path}/my run/adapter')",
     ]
 

@@ -5,6 +5,7 @@ from importlib.metadata import version
 
 HELP = """\
 usage: fedsp {fit,validate,test,predict,export} --config FILE [--config FILE ...] [--OPTION VALUE]
+       fedsp chat RUN_DIR [--OPTION VALUE]
        fedsp report RUN_DIR [RUN_DIR ...] [--output FILE]
        fedsp compare --config FILE --methods NAME [NAME ...] --seeds N [N ...] [--OPTION VALUE]
 
@@ -13,9 +14,10 @@ Federated learning in which only tunable soft prompts travel.
 commands:
   fit       Run the federated rounds, then test and export the best round's prompt.
   validate  Measure a run's prompt on the selection split.
-  test      Measure a run's prompt on the test split.
-  predict   Write completions of the test split's prompts to `predictions.jsonl` in the run folder.
+  test      Measure a run's prompt on the test split, and in other ways where asked.
+  predict   Write completions of a file's prompts, or of the test split's, as JSON lines.
   export    Write a run's prompt as a peft PREFIX_TUNING adapter with a model card.
+  chat      Talk to a run's global model and its soft prompt; Ctrl-D or `exit` ends.
   report    Write one HTML page about a run, or about several beside each other.
   compare   Run methods with seeds, one after the other, and compare them; goes on where it stopped.
 

@@ -4,13 +4,15 @@ Run `fedsp fit --config configs/quickstart.yaml`; every choice is a `class_path`
 option.
 """
 
+import inspect
 import os
 import re
 import signal
 import sys
 import warnings
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
+from importlib import import_module
 from types import FrameType
 from typing import Any, NoReturn, TextIO, cast
 
@@ -19,9 +21,11 @@ from jsonargparse import Namespace, set_parsing_settings
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 
+from fedsp.chat import Layout, Manner, converse
 from fedsp.client import ClientModule
 from fedsp.data import FederatedDataModule
 from fedsp.pretrained import hide_loading_bar
+from fedsp.run_folder import RunFolder
 from fedsp.server import ServerModule
 from fedsp.shipped import expand_names
 from fedsp.trainer import FederatedTrainer
@@ -147,6 +151,12 @@ class FederatedCLI(LightningCLI):
         with _full_names(self.config[subcommand]):
             super()._run_subcommand(subcommand)
 
+    def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
+        """Parse, without LightningCLI's warning that these are not the words of `sys.argv`."""
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", "LightningCLI's args parameter", UserWarning)
+            super().parse_arguments(parser, args)
+
     def _parse_ckpt_path(self) -> None:
         """Leave `ckpt_path` to the trainer: LightningCLI would unpickle it."""
 
@@ -180,6 +190,72 @@ def _full_names(config: Namespace) -> Iterator[None]:
         raise ValueError(text) from error
 
 
+def chat(  # noqa: PLR0913 - the signature is the command's options
+    run_dir: str,
+    max_new_tokens: int = 256,
+    temperature: float = 0.0,
+    raw: bool = False,
+    without_prompt: bool = False,
+    ckpt_path: str = "best",
+    accelerator: str = "auto",
+    seed: int = 0,
+) -> None:
+    """Talk to a run's global model and its soft prompt; Ctrl-D or `exit` ends.
+
+    Args:
+        run_dir: Folder of the run.
+        max_new_tokens: Longest answer in tokens, at least 1.
+        temperature: 0 takes the likeliest token each time; above 0 samples.
+        raw: Send what is typed as it is, not inside the prompt of the run's task.
+        without_prompt: Leave the soft prompt out: the global model as it was, to compare with.
+        ckpt_path: `best` or `last` of the run, or a checkpoint file.
+        accelerator: `cpu`, `gpu` or `auto`, as Fabric takes it.
+        seed: Seed of sampling.
+    """
+    manner = Manner(max_new_tokens, temperature, without_prompt, seed)
+    folder = RunFolder(run_dir)
+    if not folder.config.is_file():
+        raise ValueError(
+            f"`fedsp chat` needs the folder of a run, got {folder.path}, which holds no "
+            f"{folder.config.name}. Name the `trainer.run_dir` of a `fedsp fit`."
+        )
+    place = {"accelerator": accelerator, "devices": "1", "num_nodes": "1", "strategy": "auto"}
+    settings = {**place, "run_dir": run_dir, "enable_progress_bar": "false", "callbacks": "null"}
+    options = [f"--trainer.{name}={value}" for name, value in settings.items()]
+    run = FederatedCLI(["--config", str(folder.config), *options], run=False)
+    trainer, server = cast(FederatedTrainer, run.trainer), cast(ServerModule, run.model)
+    layout = Layout(run.datamodule.task, raw)
+    trainer.load_run(server, run.datamodule, ckpt_path)
+    converse(trainer.fabric, server, _typed_lines(), layout, manner)
+
+
+def _run_chat(arguments: list[str]) -> None:
+    """Parse the words after `fedsp chat` by the signature of `chat`, and run it."""
+    summary = str(inspect.getdoc(chat)).splitlines()[0]
+    parser = StrictParser(prog="fedsp chat", description=summary)
+    parser.add_function_arguments(chat, as_positional=True)
+    chat(**parser.parse_args(arguments).as_dict())
+
+
+def _typed_lines() -> Iterator[str]:
+    """Give what is typed until Ctrl-D or `exit`, with line editing and history on a terminal."""
+    prompt = ""
+    if sys.stdin.isatty():
+        # imported for what it does to `input`; Windows has none
+        with suppress(ModuleNotFoundError):
+            import_module("readline")
+        prompt = "> "
+    while True:
+        try:
+            line = input(prompt)
+        except EOFError:
+            return
+        if line.strip() == "exit":
+            return
+        if line.strip():
+            yield line
+
+
 def main(args: list[str] | None = None) -> None:
     """Run the `fedsp` command.
 
@@ -197,10 +273,11 @@ def main(args: list[str] | None = None) -> None:
     try:
         with warnings.catch_warnings():
             warnings.showwarning = _show_warning
-            if args is None:
-                # LightningCLI warns of arguments that are handed in beside those of sys.argv
-                sys.argv[1:] = expand_names(sys.argv[1:])
-            FederatedCLI(args and expand_names(args))
+            arguments = sys.argv[1:] if args is None else args
+            if arguments[:1] == ["chat"]:
+                _run_chat(arguments[1:])
+            else:
+                FederatedCLI(expand_names(arguments))
     except KeyboardInterrupt as interrupt:
         sys.exit(TERMINATED if isinstance(interrupt, Terminated) else INTERRUPTED)
     except (ValueError, OSError, ModuleNotFoundError, MisconfigurationException) as error:

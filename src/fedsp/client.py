@@ -32,6 +32,7 @@ class ClientModule(LightningModule):
         reparameterization_size: int | None = None,
         keep_optimizers: bool = True,
         joint: bool = False,
+        proximal_weight: float = 0.0,
     ) -> None:
         """Keep the settings; the auxiliary model comes from the server.
 
@@ -48,6 +49,8 @@ class ClientModule(LightningModule):
                 schedules always go on.
             joint: Train both at once instead of one after the other, each with the optimizer of its
                 own stage; both stages must have the same number of steps.
+            proximal_weight: FedProx's mu, at least 0: half of it times the prompt's squared
+                distance from the received one is added to the loss of the second stage.
 
         Raises:
             ValueError: If a number is out of its range, or joint stages differ in their steps.
@@ -59,15 +62,19 @@ class ClientModule(LightningModule):
                 "`client.joint` needs as many steps and batches in `client.auxiliary` as in "
                 f"`client.soft_prompt`, got {auxiliary.steps} and {soft_prompt.steps} steps."
             )
+        if not proximal_weight >= 0:
+            raise ValueError(f"`client.proximal_weight` must be at least 0, got {proximal_weight}.")
         self.stages = {"auxiliary": auxiliary, "soft_prompt": soft_prompt}
         self.joint = joint
         self.dropout = dropout
         self.reparameterization_size = reparameterization_size
         self.keep_optimizers = keep_optimizers
+        self.proximal_weight = proximal_weight
         self.auxiliary: Auxiliary | None = None
         self.soft_prompt: SoftPrompt | None = None
         self._weights: Weights = {}
         self._received: ServerBroadcast | None = None
+        self._start: Tensor | None = None
 
     @property
     def passes(self) -> tuple[tuple[str, ...], ...]:
@@ -120,7 +127,7 @@ class ClientModule(LightningModule):
         if SOFT_PROMPT in broadcast.payload:
             prompt.load_prefix(pool_layers(broadcast.payload[SOFT_PROMPT], auxiliary.slots))
         load_weights(self._weights, broadcast.payload)
-        self._received = broadcast
+        self._received, self._start = broadcast, prompt.prefix()
 
     def update(self, client_id: int, num_examples: int) -> ClientUpdate:
         """Return what leaves the client: its payload and its number of examples, nothing else.
@@ -157,10 +164,21 @@ class ClientModule(LightningModule):
                 parameter.grad = None
 
     def training_step(self, batch: dict[str, Tensor], batch_idx: int) -> Tensor:
-        """Return the mean loss over a batch's label tokens under the auxiliary model, in nats."""
+        """Return the mean loss over a batch's label tokens under the auxiliary model, in nats.
+
+        With the proximal term of `proximal_weight`, which a frozen prompt leaves at zero.
+        """
         auxiliary, prompt = self.require_model()
         logits, targets, _ = auxiliary.backbone.label_logits(batch, prompt())
-        return token_cross_entropy(logits, targets).mean()
+        loss = token_cross_entropy(logits, targets).mean()
+        return loss + self._proximal_term() if self.proximal_weight else loss
+
+    def _proximal_term(self) -> Tensor:
+        """Return mu / 2 |prompt - received prompt|^2 (Li et al. 2020, arXiv 1812.06127, eq. 2)."""
+        if self._start is None:
+            raise RuntimeError("expected a broadcast before a step; call `receive()` first")
+        change = self.require_model()[1].dense() - self._start
+        return self.proximal_weight / 2 * change.square().sum()
 
     def validation_step(self, batch: dict[str, Tensor], batch_idx: int) -> Scores:
         """Return the likelihoods of a batch of choices under auxiliary model and prompt."""

@@ -134,7 +134,7 @@ class Federation:
         data = encode(ServerBroadcast(round_idx, self.broadcast), wire_dtype)
         reference = decode_broadcast(data, self.contract).payload
         aggregator = self.rules.aggregator
-        aggregator.reset()
+        aggregator.reset(reference)
         replies: list[Reply] = []
         rejected = 0
         on_start = partial(call, "on_client_start", round_idx)
@@ -155,7 +155,8 @@ class Federation:
             else:
                 aggregator.add(update)
                 call("on_update_accepted", round_idx, reply.client_id, update.payload, reference)
-        if len(replies) - rejected >= self.rules.communication.min_updates:
+        fewest = max(self.rules.communication.min_updates, aggregator.min_updates)
+        if len(replies) - rejected >= fewest:
             # what rounding for the wire took off the payload is no client's doing: it stays
             aggregate = add(aggregator.result(), subtract(self.broadcast, reference))
             self._adopt(self.rules.server_optimizer.step(self.broadcast, aggregate))

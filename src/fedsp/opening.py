@@ -61,24 +61,36 @@ def launch(fabric: Fabric, server: ServerModule) -> None:
     fabric.to_device(server)
 
 
+def join_data(server: ServerModule, data: FederatedDataModule) -> None:
+    """Hand the data the loaded global model's tokenizer and its room; nothing is read.
+
+    Args:
+        server: With its model loaded.
+        data: Takes over the model's tokenizer and what its positions leave for text.
+
+    Raises:
+        ValueError: If data and model do not fit.
+    """
+    backbone = server.require_model()[0]
+    room = server.text_room()
+    if room is not None:
+        data.limit_tokens(room)
+    name = backbone.spec.tokenizer or backbone.spec.name_or_path
+    data.default_tokenizer(name, backbone.vocab_size)
+
+
 def set_up_data(server: ServerModule, data: FederatedDataModule, stage: str) -> None:
     """Read and tokenise the data for the loaded global model.
 
     Args:
         server: With its model loaded.
-        data: Takes over the model's tokenizer and what its positions leave for text.
+        data: Is joined with it.
         stage: As `LightningDataModule.setup` takes it.
 
     Raises:
         ValueError: If data and model do not fit, or the data is not as it should be.
     """
-    backbone, prompt = server.require_model()
-    if backbone.max_positions is not None:
-        offset = backbone.spec.position_offset
-        start = prompt.num_virtual_tokens if offset is None else offset
-        data.limit_tokens(backbone.max_positions - start)
-    name = backbone.spec.tokenizer or backbone.spec.name_or_path
-    data.default_tokenizer(name, backbone.vocab_size)
+    join_data(server, data)
     data.prepare_data()
     data.setup(stage)
 

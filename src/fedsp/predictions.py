@@ -12,6 +12,24 @@ from fedsp.server import ServerModule
 from fedsp.state_files import write_text_atomically
 
 
+def check_output(path: str) -> Path:
+    """Make sure that completions can be written to a file, before any work.
+
+    Args:
+        path: As the user typed it.
+
+    Returns:
+        The file, which may not exist yet.
+
+    Raises:
+        ValueError: If it is a folder.
+    """
+    file = Path(path).expanduser()
+    if file.is_dir():
+        raise ValueError(f"`--output` must be a file, got the folder {file}.")
+    return file
+
+
 @torch.no_grad()
 def write_predictions(
     fabric: Fabric,

@@ -161,6 +161,7 @@ def next_commands(folder: Any) -> Rows:
         config = shlex.quote(str(folder.config))
         commands.append(("measure the best prompt again", f"fedsp test --config {config}"))
         commands.append(("let it write", f"fedsp predict --config {config}"))
+        commands.append(("talk to it", f"fedsp chat {shlex.quote(str(folder.path))}"))
     if folder.adapter.exists():
         call = f"peft.PeftModel.from_pretrained(model, {str(folder.adapter)!r})"
         commands.append(("use it in Python", call))

@@ -155,6 +155,14 @@ class ServerModule(LightningModule):
             raise RuntimeError("expected a loaded ServerModule; call `configure_model()` first")
         return self.backbone, self.soft_prompt
 
+    def text_room(self) -> int | None:
+        """Return how many positions the prompt leaves for text, None where there is no limit."""
+        backbone, prompt = self.require_model()
+        if backbone.max_positions is None:
+            return None
+        offset = backbone.spec.position_offset
+        return backbone.max_positions - (prompt.num_virtual_tokens if offset is None else offset)
+
     def require_deployed(self) -> Backbone:
         """Return the model that is tuned and measured: the global model, or the auxiliary.
 

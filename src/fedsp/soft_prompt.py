@@ -70,7 +70,7 @@ class SoftPrompt(nn.Module):
         Returns:
             [L, 2, K, P, D] float32 keys and values; in training mode with dropout.
         """
-        return F.dropout(self._dense(), self.dropout, training=self.training)
+        return F.dropout(self.dense(), self.dropout, training=self.training)
 
     def prefix(self) -> Tensor:
         """Return what travels.
@@ -78,7 +78,7 @@ class SoftPrompt(nn.Module):
         Returns:
             [L, 2, K, P, D] float32 copy without gradient and without dropout.
         """
-        return self._dense().detach().clone()
+        return self.dense().detach().clone()
 
     @torch.no_grad()
     def load_prefix(self, prefix: Tensor) -> None:
@@ -101,7 +101,12 @@ class SoftPrompt(nn.Module):
             self.base.copy_(prefix)
             self.origin.copy_(self.network())
 
-    def _dense(self) -> Tensor:
+    def dense(self) -> Tensor:
+        """Return the prompt itself, with gradient and without dropout.
+
+        Returns:
+            [L, 2, K, P, D] float32.
+        """
         if self.network is None:
             return self.values
         # The difference is exactly zero until the network is trained: no rounding of `base`.

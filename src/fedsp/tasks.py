@@ -12,7 +12,7 @@ from datasets import Dataset
 from transformers import PreTrainedTokenizerBase
 
 from fedsp.examples import Example
-from fedsp.templates import Row, check_template, field, fill
+from fedsp.templates import Row, check_template, field, fields_of, fill
 from fedsp.tokenization import chat_turn, leading_ids, tokenize
 
 _ENCODED_AT_ONCE = 1000
@@ -51,6 +51,38 @@ class Task(ABC):
         Raises:
             ValueError: If a field is missing, empty (null) or of the wrong kind.
         """
+
+    def prompt_fields(self) -> list[str]:
+        """Return the names of the fields that a prompt is made of, if a template names them."""
+        return []
+
+    def render_prompt(self, row: Row, row_idx: int) -> str:
+        """Lay out what is given of one row, which needs no other fields where templates allow it.
+
+        Args:
+            row: Field name to value.
+            row_idx: Index of the row in its source, for error messages.
+
+        Raises:
+            ValueError: As `render`.
+        """
+        return self.render(row, row_idx).prompt
+
+    def encode_prompts(
+        self, rows: Sequence[Row], tokenizer: PreTrainedTokenizerBase
+    ) -> list[list[int]]:
+        """Tokenise what is given of each row, as `encode` would.
+
+        Args:
+            rows: The rows.
+            tokenizer: Tokenizer of the model.
+
+        Raises:
+            ValueError: As `render`.
+        """
+        prompts = [self.render_prompt(row, row_idx) for row_idx, row in enumerate(rows)]
+        start = leading_ids(tokenizer)
+        return [start + ids for ids in tokenize(tokenizer, prompts)]
 
     def references_of(self, row: Row, row_idx: int = 0) -> list[str]:
         """Return the texts that are right for a row, without space around them.
@@ -149,6 +181,14 @@ class PromptCompletion(Task):
             self.references_of(row, row_idx)
         return RenderedRow(prompt, [completion], 0, [max(1, len(completion.strip()))])
 
+    def prompt_fields(self) -> list[str]:
+        """Return the fields that the prompt's template names."""
+        return fields_of(self.prompt)
+
+    def render_prompt(self, row: Row, row_idx: int) -> str:
+        """Fill the prompt's template alone."""
+        return fill("prompt", self.prompt, row, row_idx)
+
     def references_of(self, row: Row, row_idx: int = 0) -> list[str]:
         """Return all right answers of the row's `references`, else its completion."""
         if self.references is None:
@@ -192,6 +232,28 @@ class ChatCompletion(Task):
         completion = fill("completion", self.completion, row, row_idx).strip()
         return RenderedRow(prompt, [completion], 0, [max(1, len(completion))])
 
+    def prompt_fields(self) -> list[str]:
+        """Return the fields that the user's turn names."""
+        return fields_of(self.prompt)
+
+    def render_prompt(self, row: Row, row_idx: int) -> str:
+        """Fill the user's turn alone."""
+        return fill("prompt", self.prompt, row, row_idx).strip()
+
+    def encode_prompts(
+        self, rows: Sequence[Row], tokenizer: PreTrainedTokenizerBase
+    ) -> list[list[int]]:
+        """Tokenise conversations up to where the assistant's answer begins."""
+        prompts = [self.render_prompt(row, row_idx) for row_idx, row in enumerate(rows)]
+        # any answer will do: what comes before it does not depend on it, or `chat_turn` refuses
+        turns = [chat_turn(tokenizer, self._turns(text, "."), self.template) for text in prompts]
+        return tokenize(tokenizer, [before for before, _ in turns])
+
+    def _turns(self, prompt: str, answer: str) -> list[dict[str, str]]:
+        system = [] if self.system is None else [{"role": "system", "content": self.system}]
+        user = {"role": "user", "content": prompt}
+        return [*system, user, {"role": "assistant", "content": answer}]
+
     def encode(
         self, rows: Sequence[Row], tokenizer: PreTrainedTokenizerBase, *, first_row: int = 0
     ) -> list[Example]:
@@ -199,12 +261,7 @@ class ChatCompletion(Task):
         rendered = []
         for row_idx, row in enumerate(rows, first_row):
             plain = self.render(row, row_idx)
-            messages = [
-                {"role": "user", "content": plain.prompt},
-                {"role": "assistant", "content": plain.choices[0]},
-            ]
-            if self.system is not None:
-                messages.insert(0, {"role": "system", "content": self.system})
+            messages = self._turns(plain.prompt, plain.choices[0])
             before, answer = chat_turn(tokenizer, messages, self.template)
             rendered.append(RenderedRow(before, [answer], 0, plain.num_chars))
         return encode_rendered(rendered, tokenizer, start=[])
@@ -243,6 +300,14 @@ class MultipleChoice(Task):
         answer = self._answer(row, row_idx, len(choices))
         texts = [self.choice_prefix + choice for choice in choices]
         return RenderedRow(question, texts, answer, [max(1, len(choice)) for choice in choices])
+
+    def prompt_fields(self) -> list[str]:
+        """Return the fields that the question's template names."""
+        return fields_of(self.question)
+
+    def render_prompt(self, row: Row, row_idx: int) -> str:
+        """Fill the question's template alone."""
+        return fill("question", self.question, row, row_idx)
 
     def _choices(self, row: Row, row_idx: int) -> list[str]:
         if isinstance(self.choices, str):

@@ -37,6 +37,16 @@ def check_template(option: str, template: str, *, needs_field: bool) -> None:
         )
 
 
+def fields_of(template: str) -> list[str]:
+    """Return the fields of a row that a template reads, each once.
+
+    Args:
+        template: A template that `check_template` accepts.
+    """
+    names = [name for _, name, _, _ in string.Formatter().parse(template) if name is not None]
+    return list(dict.fromkeys(name.split("[")[0].split(".")[0].rstrip("?") for name in names))
+
+
 def fill(option: str, template: str, row: Row, row_idx: int) -> str:
     """Fill a template from a row.
 

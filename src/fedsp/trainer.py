@@ -22,12 +22,20 @@ from fedsp.federation import Communication, Rules
 from fedsp.harness import Harness, find_tasks, run_harness, write_harness
 from fedsp.history import Evaluation, History
 from fedsp.ledger import Ledger, next_attempt
-from fedsp.opening import check_run, launch, make_fabric, open_federation, set_up_data
+from fedsp.opening import (
+    check_run,
+    join_data,
+    launch,
+    make_fabric,
+    open_federation,
+    set_up_data,
+)
 from fedsp.payload import Payload
-from fedsp.predictions import write_predictions
+from fedsp.predictions import check_output, write_predictions
 from fedsp.preparation import check_handed_out, handed_out
 from fedsp.privacy_report import report_privacy
 from fedsp.progress import RichProgress
+from fedsp.prompts import Prompts
 from fedsp.round_recorder import RoundRecorder
 from fedsp.run_folder import RunFolder
 from fedsp.sampling import ClientSampler, UniformSampler
@@ -277,28 +285,37 @@ class FederatedTrainer:
         datamodule: FederatedDataModule,
         ckpt_path: str | None = "best",
         max_new_tokens: int = 64,
+        input: str | None = None,  # noqa: A002 - the option's name
+        output: str | None = None,
     ) -> None:
-        """Write completions of the test split's prompts to `predictions.jsonl` in the run folder.
+        """Write completions of a file's prompts, or of the test split's, as JSON lines.
 
         Args:
             model: The server.
             client: Not used.
-            datamodule: Every party's data.
+            datamodule: Gives the task, and the test split where there is no `input`.
             ckpt_path: `best` or `last` of `trainer.run_dir`, a checkpoint file, or null for the
                 initial prompt.
             max_new_tokens: Longest completion in tokens, at least 1.
+            input: File of rows (.jsonl, .csv, .parquet) that have the fields of the task's prompt;
+                null takes the test split.
+            output: File to write; null writes `predictions.jsonl` in the run folder.
         """
-        payload = self._payload_of(ckpt_path)
-        self._launch(model, datamodule, "predict")
-        self._load(payload)
-        count = write_predictions(
-            self.fabric,
-            model,
-            datamodule.predict_dataloader(),
-            self.folder.predictions,
-            max_new_tokens=max_new_tokens,
-        )
-        self.fabric.print(f"{count} completions: {self.folder.predictions}")
+        path = check_output(output) if output else self.folder.predictions
+        prompts = Prompts(input, datamodule.task) if input else None
+        if prompts is None:
+            payload = self._payload_of(ckpt_path)
+            self._launch(model, datamodule, "predict")
+            self._load(payload)
+            batches = datamodule.predict_dataloader()
+        else:
+            self.load_run(model, datamodule, ckpt_path)
+            size, room = datamodule.batching.eval_batch_size, model.text_room()
+            batches = prompts.loader(
+                datamodule.tokenizer, size, text_room=room, max_new_tokens=max_new_tokens
+            )
+        count = write_predictions(self.fabric, model, batches, path, max_new_tokens=max_new_tokens)
+        self.fabric.print(f"{count} completions: {path}")
 
     def export(
         self,
@@ -323,14 +340,21 @@ class FederatedTrainer:
                 "`model.deploy_auxiliary` tunes the auxiliary model, which peft cannot load: only "
                 "what was tuned on the global model can be exported."
             )
-        payload = self._payload_of(ckpt_path)
-        self.server = model
-        launch(self.fabric, model)
-        self._load(payload)
+        self.load_run(model, datamodule, ckpt_path)
         measured = self.folder.results if ckpt_path == "best" else None
         results = json.loads(measured.read_text()) if measured and measured.exists() else {}
         folder = self._export(results, Path(output_dir) if output_dir else self.folder.adapter)
         self.fabric.print(f"adapter: {folder}")
+
+    def load_run(
+        self, model: ServerModule, datamodule: FederatedDataModule, ckpt_path: str | None
+    ) -> None:
+        """Load the global model with a run's prompt; of the data only tokenizer and limits."""
+        payload = self._payload_of(ckpt_path)
+        self.server = model
+        launch(self.fabric, model)
+        self._load(payload)
+        join_data(model, datamodule)
 
     # --- what callbacks may use -------------------------------------------------------------------
 
@@ -359,6 +383,7 @@ class FederatedTrainer:
     def _claim_folder(self, client: ClientModule) -> None:
         """Make the last checks, then create the run's files: from here on a run can be resumed."""
         cohort = self.sampler.cohort(self.data.num_clients, seed=self.seed, round_idx=0)
+        self.rules.aggregator.check(len(cohort))
         evaluation = self.history.evaluation
         check_run(self.server, client, self.data, cohort=cohort, evaluation=evaluation)
         # a logger that is not installed must leave no folder behind that looks like a run
