@@ -95,7 +95,7 @@ def test_an_unfinished_run_says_what_is_missing(tmp_path: Path) -> None:
     (folder / "rounds.jsonl").unlink()
     text = " ".join(Page(page([read_run(folder)])).words)
     assert "The run is not finished: there is no results.json" in text
-    assert "No finished round" in text
+    assert "No round is finished" in text
 
 
 @pytest.mark.skipif(BROWSER is None, reason="needs chromium")

@@ -199,7 +199,7 @@ def shown_columns(found: Iterable[Mapping[str, Interval]]) -> dict[str, str]:
         **wanted,
         "traffic a client": "bytes_per_client",
         "hand-out": "handout_bytes",
-        "time": "seconds",
+        "time of rounds": "seconds",
         "tuned": "parameters",
     }
     present = {name for intervals in found for name in intervals}

@@ -183,8 +183,9 @@ def add_choice(figure: Figure, choices: Mapping[str, Sequence[Sequence[float]]])
     ]
     figure.update_xaxes(title={"text": f"{title}, {next(iter(choices))}"})
     menu = {"type": "buttons", "direction": "right", "buttons": buttons, "showactive": False}
-    place = {"x": 1, "xanchor": "right", "y": 1.02, "yanchor": "bottom", "bgcolor": _GRID}
-    figure.update_layout(updatemenus=[{**menu, **place}])
+    # under the axis: above the figure its legend grows with the number of methods
+    place = {"x": 0.5, "xanchor": "center", "y": -0.32, "yanchor": "top", "bgcolor": _GRID}
+    figure.update_layout(updatemenus=[{**menu, **place}], margin={"b": 104})
 
 
 def html_part(figure: Figure, name: str) -> str:

@@ -91,9 +91,9 @@ def page(runs: Sequence[Run]) -> str:
         f"<p>{_summary(runs)}</p>",
         *_missing(runs),
         _comparison(methods),
-        _differences(methods),
         "<h2>Rounds</h2>",
         _grid(draw_all(COMPARING, runs), ""),
+        _differences(methods),
         *(_run_section(run, idx, of_one_run) for idx, run in enumerate(runs)),
     ]
     return f"""<!DOCTYPE html>

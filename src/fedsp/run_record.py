@@ -140,8 +140,8 @@ def read_run(path: Path) -> Run:
     if not results:
         missing.append("The run is not finished: there is no results.json, so nothing is tested.")
     rounds = _read_metrics(folder.metrics) or results.get("rounds", [])
-    if not rounds:
-        missing.append("No finished round in csv/metrics.csv or results.json.")
+    if not rounds and not results:
+        missing.append("No round is finished: there is nothing in csv/metrics.csv.")
     records = read_records(folder.rounds)
     if rounds and not any(int(metrics["round"]) in records for metrics in rounds):
         missing.append("No rounds.jsonl: no participation, prompt drift and similarity.")
