@@ -11,7 +11,7 @@ Federated learning in which only tunable soft prompts travel.
 commands:
   fit       Run the federated rounds, then test and export the best round's prompt.
   validate  Measure a run's prompt on the selection split.
-  test      Measure a run's prompt on the test split.
+  test      Measure a run's prompt on the test split; on request by lm-eval, and model privacy.
   predict   Write completions of the test split's prompts to `predictions.jsonl` in the run folder.
   export    Write a run's prompt as a peft PREFIX_TUNING adapter with a model card.
 

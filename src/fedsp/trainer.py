@@ -240,7 +240,7 @@ class FederatedTrainer:
         harness: Harness | None = None,
         privacy: bool = False,
     ) -> dict[str, float]:
-        """Measure a run's prompt on the test split, and in other ways where asked.
+        """Measure a run's prompt on the test split; on request by lm-eval, and model privacy.
 
         Args:
             model: The server.
