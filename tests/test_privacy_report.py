@@ -10,20 +10,26 @@ import torch
 
 from commands import changed, command, make_config, of_class, write_config
 from fedsp.auxiliary import KeptLayers
-from fedsp.privacy_report import ModelPrivacy, compare_tensors, leaked_share
+from fedsp.privacy_report import ModelPrivacy, compare_tensors, lead, leaked_share
 from fedsp.stages import Stage
 from fedsp.state_files import load_state
 from tiny import fit, make_client, make_data, make_server, make_trainer
 
 
 def test_the_share_runs_from_guessing_to_what_the_server_has() -> None:
-    assert leaked_share(client=5.0, server=3.0, guessing=5.0) == 0
-    assert leaked_share(client=4.5, server=3.0, guessing=5.0) == 0.25
-    assert leaked_share(client=3.0, server=3.0, guessing=5.0) == 1
-    assert leaked_share(client=6.0, server=3.0, guessing=5.0) == -0.5, "worse than guessing"
+    assert leaked_share(client=lead("loss", 5.0, 5.0), server=lead("loss", 3.0, 5.0)) == 0
+    assert leaked_share(client=lead("loss", 4.5, 5.0), server=lead("loss", 3.0, 5.0)) == 0.25
+    assert leaked_share(client=lead("loss", 3.0, 5.0), server=lead("loss", 3.0, 5.0)) == 1
+    worse = leaked_share(client=lead("loss", 6.0, 5.0), server=lead("loss", 3.0, 5.0))
+    assert worse == -0.5, "worse than guessing"
     # an accuracy rises where a loss falls
-    assert leaked_share(client=0.5, server=0.75, guessing=0.25) == 0.5
-    assert leaked_share(client=0.5, server=0.25, guessing=0.25) is None
+    right = leaked_share(client=lead("accuracy", 0.5, 0.25), server=lead("accuracy", 0.75, 0.25))
+    assert right == 0.5
+
+
+@pytest.mark.parametrize("server", [0.0, -1.0])
+def test_a_server_that_only_guesses_has_nothing_to_leak(server: float) -> None:
+    assert leaked_share(client=0.5, server=server) is None
 
 
 def test_held_tensors_are_found_whatever_they_are_called() -> None:
@@ -48,7 +54,7 @@ def test_held_tensors_are_found_whatever_they_are_called() -> None:
         "layer.0",
         pytest.approx(math.hypot(2, 0.5) / math.hypot(5, 6)),
     )
-    assert held.changed["foreign"] == (None, math.inf)
+    assert held.changed["foreign"] == (None, None)
 
 
 def test_what_rounds_to_the_global_models_format_counts_as_its_own() -> None:
@@ -106,6 +112,8 @@ def test_a_run_reports_what_its_models_measure(tmp_path: Path) -> None:
     assert report["guessing"] == {"loss": pytest.approx(guessing)}
     expected = (guessing - client) / (guessing - server)
     assert report["leaked"]["loss"] == pytest.approx(expected)
+    alone = report["metrics"]["auxiliary"]["loss"]
+    assert report["gap_closed"]["loss"] == pytest.approx((alone - client) / (alone - server))
     # embeddings, positions and head are shared; two of four layers were taught
     held = report["held"]
     assert {"transformer.wte.weight", "transformer.wpe.weight"} <= set(held["verbatim"])

@@ -40,15 +40,15 @@ class Held:
         verbatim: Names of the global model's tensors that the client has exactly.
         verbatim_share: Their share of the global model's parameters.
         changed: By name, the auxiliary model's other tensors: the global tensor of that shape that
-            comes nearest (None where no other has the shape) and the distance between the two as a
-            share of its norm.
+            comes nearest and the distance between the two as a share of its norm; both None where
+            no tensor has that shape.
         changed_share: Parameters in `changed` over those of the global model.
     """
 
     share_of_global: float
     verbatim: list[str]
     verbatim_share: float
-    changed: dict[str, tuple[str | None, float]]
+    changed: dict[str, tuple[str | None, float | None]]
     changed_share: float
 
 
@@ -84,32 +84,56 @@ def _digest(tensor: Tensor) -> tuple[tuple[int, ...], bytes]:
     return tuple(tensor.shape), hashlib.sha256(data.tobytes()).digest()
 
 
-def _nearest(tensor: Tensor, model: Mapping[str, Tensor]) -> tuple[str | None, float]:
+def _nearest(tensor: Tensor, model: Mapping[str, Tensor]) -> tuple[str | None, float | None]:
     """Return the name of the nearest tensor of the same shape, and how far it is."""
-    distances = [
-        (float((tensor.float() - other).norm() / other.norm().clamp(min=1e-30)), name)
-        for name, other in ((name, other.detach().cpu().float()) for name, other in model.items())
-        if other.shape == tensor.shape
-    ]
-    distance, name = min(distances, default=(math.inf, None))
+    distances: list[tuple[float, str]] = []
+    for name, candidate in model.items():
+        if candidate.shape == tensor.shape:
+            other = candidate.detach().cpu().float()
+            distance = (tensor.float() - other).norm() / other.norm().clamp(min=1e-30)
+            distances.append((float(distance), name))
+    if not distances:
+        return None, None
+    distance, name = min(distances)
     return name, distance
 
 
-def leaked_share(client: float, server: float, guessing: float) -> float | None:
+def lead(name: str, value: float, guessing: float) -> float:
+    """Return by how much a metric is better than a guess; negative where it is worse.
+
+    Args:
+        name: `loss`, which is better the lower, or `accuracy`.
+        value: The metric.
+        guessing: The same metric of a model that knows nothing.
+    """
+    return guessing - value if name == "loss" else value - guessing
+
+
+def leaked_share(client: float, server: float) -> float | None:
     """Return how much of the server's lead over guessing the client has too.
 
     Args:
-        client: A metric of what the client holds.
-        server: The same of what the server holds.
-        guessing: The same of a model that knows nothing.
+        client: Lead of what the client holds.
+        server: Lead of what the server holds.
 
     Returns:
         0: no better than guessing, 1: as good as the server; below or above where it is worse or
         better. None where the server itself is not better than guessing.
     """
-    lead = guessing - server
-    # a rounding error of a lead is none
-    return None if abs(lead) < 1e-9 else (guessing - client) / lead
+    return client / server if server > 0 else None
+
+
+def _shares(
+    report: Mapping[str, Any], side: str, guessing: Mapping[str, float]
+) -> dict[str, float | None]:
+    """Return the leaked share of every metric that can be guessed, for one of the four sides."""
+    metrics, server = report["metrics"][side], report["metrics"]["global_prompt"]
+    return {
+        name: leaked_share(
+            lead(name, metrics[name], guessing[name]), lead(name, server[name], guessing[name])
+        )
+        for name in report["guessing"]
+    }
 
 
 def measure_privacy(trainer: Any) -> dict[str, Any]:
@@ -147,24 +171,18 @@ def measure_privacy(trainer: Any) -> dict[str, Any]:
     guessing = {"loss": math.log(backbone.vocab_size)}
     if "accuracy" in metrics["global"]:
         guessing["accuracy"] = trainer.data.chance("test")
-    server, client = metrics["global_prompt"], metrics["auxiliary_prompt"]
     handout = auxiliary.handout()
     held = compare_tensors(handout, _tensors(backbone.model, handout))
-    return {
-        "split": "test",
-        "metrics": metrics,
-        "guessing": guessing,
-        "leaked": {
-            name: leaked_share(client[name], server[name], value)
-            for name, value in guessing.items()
-        },
-        "prompt_gain": {
-            side: metrics[side]["loss"] - metrics[f"{side}_prompt"]["loss"]
-            for side in ("global", "auxiliary")
-        },
-        "quality": None if made.after is None else asdict(made.after),
-        "held": asdict(held),
+    report: dict[str, Any] = {"split": "test", "metrics": metrics, "guessing": guessing}
+    report["leaked"] = _shares(report, "auxiliary_prompt", guessing)
+    report["gap_closed"] = _shares(report, "auxiliary_prompt", metrics["auxiliary"])
+    report["prompt_gain"] = {
+        side: metrics[side]["loss"] - metrics[f"{side}_prompt"]["loss"]
+        for side in ("global", "auxiliary")
     }
+    report["quality"] = None if made.after is None else asdict(made.after)
+    report["held"] = asdict(held)
+    return report
 
 
 def _tensors(model: torch.nn.Module, handout: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -200,22 +218,20 @@ def summary(report: Mapping[str, Any]) -> str:
     Args:
         report: What `measure_privacy` returned.
     """
-    rows: dict[str, Mapping[str, float]] = {
-        **{title: report["metrics"][name] for name, title in _TITLES.items()},
-        "guessing": report["guessing"],
-    }
-    server, guessing = report["metrics"]["global_prompt"], report["guessing"]
+    guessing = report["guessing"]
     table = Table("model privacy, test split", box=None, pad_edge=False, header_style="bold")
     for name in guessing:
         table.add_column(name, justify="right")
         table.add_column("worth", justify="right")
-    for title, metrics in rows.items():
+    for side, title in _TITLES.items():
+        shares = _shares(report, side, guessing)
         cells = []
-        for name, chance in guessing.items():
-            share = leaked_share(metrics[name], server[name], chance)
-            value = human_loss(metrics[name]) if name == "loss" else human_share(metrics[name])
-            cells += [value, "-" if share is None else human_share(share)]
+        for name, share in shares.items():
+            worth = "-" if share is None else human_share(share)
+            cells += [_figure(name, report["metrics"][side][name]), worth]
         table.add_row(title, *cells)
+    guessed = [cell for name, value in guessing.items() for cell in (_figure(name, value), "0 %")]
+    table.add_row("guessing", *guessed)
     out = StringIO()
     console = Console(file=out, width=100, color_system=None)
     console.print(table)
@@ -225,19 +241,23 @@ def summary(report: Mapping[str, Any]) -> str:
     return out.getvalue().rstrip()
 
 
+def _figure(name: str, value: float) -> str:
+    return human_loss(value) if name == "loss" else human_share(value)
+
+
 def _held_lines(held: Mapping[str, Any]) -> list[str]:
-    changed = [distance for _, distance in held["changed"].values()]
+    distances = [distance for _, distance in held["changed"].values() if distance is not None]
     lines = [
         f"a client holds {human_share(held['share_of_global'])} as many parameters as the global "
         "model:",
         f"  {human_share(held['verbatim_share'])} are the global model's own, in "
         f"{human_count(len(held['verbatim']))} tensors: {_names(held['verbatim'])}",
     ]
-    if changed:
+    if distances:
         lines.append(
-            f"  {human_share(held['changed_share'])} are changed, in {human_count(len(changed))} "
-            f"tensors, by {human_share(min(changed))} to {human_share(max(changed))} of the norm "
-            "of the nearest tensor"
+            f"  {human_share(held['changed_share'])} are changed, in "
+            f"{human_count(len(held['changed']))} tensors, by {human_share(min(distances))} to "
+            f"{human_share(max(distances))} of the norm of the nearest tensor"
         )
     return lines
 
@@ -270,4 +290,6 @@ class ModelPrivacy(FederatedCallback):
             results: What will be written to `results.json`; gets `privacy`.
         """
         report = report_privacy(trainer)
-        results["privacy"] = {name: report[name] for name in ("leaked", "prompt_gain")}
+        results["privacy"] = {
+            name: report[name] for name in ("leaked", "gap_closed", "prompt_gain")
+        }
