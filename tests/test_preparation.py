@@ -13,8 +13,9 @@ from torch import Tensor
 from fedsp.auxiliary import KeptLayers
 from fedsp.batching import Batching
 from fedsp.callbacks import FederatedCallback
-from fedsp.distillation import Distillation, measure_quality
+from fedsp.distillation import Distillation
 from fedsp.preparation import Preparation, check_public_data, prepare_auxiliary
+from fedsp.quality import measure_quality
 from fedsp.schedules import LinearWarmup
 from fedsp.server import ServerModule
 from fedsp.sources import Files
@@ -121,10 +122,12 @@ def test_the_quality_is_that_of_the_models_on_the_servers_data(tmp_path: Path) -
         trainer=Owner(),
     )
     batches = list(data.server_dataloader(start_step=0, num_steps=8))
-    backbone = server.require_model()[0]
-    assert prepared.after == measure_quality(backbone, prepared.auxiliary.backbone, batches)
+    backbone, prompt = server.require_model()
     fresh = server.auxiliary_recipe.build(backbone)
-    assert prepared.before == measure_quality(backbone, fresh.backbone, batches)
+    for quality, auxiliary in ((prepared.after, prepared.auxiliary), (prepared.before, fresh)):
+        assert quality == measure_quality(
+            backbone, auxiliary.backbone, batches, prompt.prefix(), auxiliary.layer_map
+        )
 
 
 def test_the_global_model_is_left_alone_and_nothing_asks_for_a_gradient(tmp_path: Path) -> None:

@@ -120,7 +120,8 @@ class ClientModule(LightningModule):
         """Return the mean loss over a batch's label tokens under the auxiliary model, in nats."""
         auxiliary, prompt = self.require_model()
         logits, targets, _ = auxiliary.backbone.label_logits(batch, prompt())
-        return token_cross_entropy(logits, targets).mean()
+        # a trimmed vocabulary may know none of a batch's labels: nothing to learn, and not NaN
+        return token_cross_entropy(logits, targets).sum() / max(1, len(targets))
 
     def validation_step(self, batch: dict[str, Tensor], batch_idx: int) -> Scores:
         """Return the likelihoods of a batch of choices under auxiliary model and prompt."""

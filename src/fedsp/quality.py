@@ -1,0 +1,173 @@
+"""How close an auxiliary model is to its global model, alone and as a reader of prompts.
+
+Axes: B batch, T text tokens, L layers, K key/value heads, P virtual tokens, D head size.
+"""
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from fedsp.backbone import Backbone
+from fedsp.losses import kd_loss, relative_hidden_error, token_cross_entropy
+from fedsp.soft_prompt import gather_layers
+from fedsp.vocabulary import IGNORED_LABEL
+
+QUALITY_BATCHES = 8
+
+
+@dataclass(frozen=True)
+class Quality:
+    """How close an auxiliary model is to its global model.
+
+    Args:
+        lm_loss: The auxiliary's loss without a prompt on the labels it was measured on, in nats a
+            token.
+        global_lm_loss: The global model's on the same labels.
+        hidden_error: Hidden mean squared error without a prompt, as a share of the teacher's mean
+            square.
+        divergence: KL divergence from the global model's next-token distribution without a prompt,
+            in nats a token.
+        prompted_divergence: The same with the initial prompt before both.
+        alignment: Cosine of the two models' gradients with respect to the initial prompt, all
+            batches together; in [-1, 1], where 0 is what an unrelated model has. None without a
+            prompt.
+    """
+
+    lm_loss: float
+    global_lm_loss: float
+    hidden_error: float
+    divergence: float
+    prompted_divergence: float
+    alignment: float | None
+
+
+@torch.no_grad()
+def measure_quality(
+    teacher: Backbone,
+    student: Backbone,
+    batches: Iterable[dict[str, Tensor]],
+    prefix: Tensor,
+    layer_map: Sequence[int],
+) -> Quality:
+    """Compare two models on batches that already lie on their device.
+
+    A student with a trimmed vocabulary is measured on the labels that it knows, and against the
+    global model's distribution over its tokens.
+
+    Args:
+        teacher: The global model.
+        student: The auxiliary model's backbone.
+        batches: Batches with labels; each counts by its number of tokens.
+        prefix: [L, 2, K, P, D] prompt that the global model reads, such as the initial one.
+        layer_map: Global layer of each of the student's layers.
+
+    Returns:
+        Means over the tokens.
+    """
+    sums, num_tokens, num_labels = torch.zeros(5, dtype=torch.float64), 0, 0
+    prefixes = (prefix, gather_layers(prefix, layer_map))
+    gradients = [torch.zeros_like(prefix), torch.zeros_like(prefix)]
+    for batch in batches:
+        mask = batch["attention_mask"]
+        labels = student.own_labels(batch["labels"])
+        rows, columns = torch.nonzero(labels[:, 1:] != IGNORED_LABEL, as_tuple=True)
+        targets = labels[rows, columns + 1]
+        hidden, logits = _run(teacher, student, batch, (None, None), (rows, columns))
+        prompted = _run(teacher, student, batch, prefixes, (rows, columns))[1]
+        count, tokens = rows.numel(), int(mask.sum())
+        values = [relative_hidden_error(hidden[1], hidden[0], mask.bool()) * tokens]
+        if count:
+            values += [
+                token_cross_entropy(logits[1], targets).sum(),
+                token_cross_entropy(logits[0], targets).sum(),
+                kd_loss(logits[1], logits[0], 1.0) * count,
+                kd_loss(prompted[1], prompted[0], 1.0) * count,
+            ]
+        sums[: len(values)] += torch.tensor([float(v) for v in values], dtype=torch.float64)
+        num_tokens, num_labels = num_tokens + tokens, num_labels + count
+        if prefix.numel() and count:
+            gradients[0] += prompt_gradient(teacher, batch, prefixes[0])
+            gradients[1][list(layer_map)] += prompt_gradient(student, batch, prefixes[1])
+    hidden_error, *means = sums.tolist()
+    student_loss, teacher_loss, divergence, prompted_divergence = (
+        value / max(1, num_labels) for value in means
+    )
+    alignment = float(F.cosine_similarity(gradients[0].flatten(), gradients[1].flatten(), dim=0))
+    return Quality(
+        student_loss,
+        teacher_loss,
+        hidden_error / max(1, num_tokens),
+        divergence,
+        prompted_divergence,
+        alignment if prefix.numel() else None,
+    )
+
+
+@torch.enable_grad()
+def prompt_gradient(
+    backbone: Backbone, batch: dict[str, Tensor], prefix: Tensor, *, create_graph: bool = False
+) -> Tensor:
+    """Return how a batch's mean loss over the labels changes with the prompt.
+
+    Args:
+        backbone: The model that reads both.
+        batch: With labels.
+        prefix: [L, 2, K, P, D] as `backbone` reads it.
+        create_graph: Whether the gradient itself will be differentiated.
+
+    Returns:
+        [L, 2, K, P, D].
+    """
+    prefix = prefix.detach().requires_grad_()
+    logits, targets, _ = backbone.label_logits(batch, prefix)
+    loss = token_cross_entropy(logits, targets).sum() / max(1, len(targets))
+    (gradient,) = torch.autograd.grad(loss, prefix, create_graph=create_graph)
+    return gradient
+
+
+def prompt_gradient_error(
+    teacher: Backbone,
+    student: Backbone,
+    batch: dict[str, Tensor],
+    prefix: Tensor,
+    layer_map: Sequence[int],
+) -> Tensor:
+    """Return 1 minus the cosine of both models' gradients with respect to the prompt.
+
+    Args:
+        teacher: The global model; only the student is differentiated.
+        student: The auxiliary model's backbone.
+        batch: With labels.
+        prefix: [L, 2, K, P, D] prompt that both read.
+        layer_map: Global layer of each of the student's layers.
+
+    Returns:
+        [] in [0, 2], over those layers of the prompt that the student reads.
+    """
+    wanted = gather_layers(prompt_gradient(teacher, batch, prefix), layer_map)
+    own_prefix = gather_layers(prefix, layer_map)
+    # the fused attention kernels have no second derivative
+    with sdpa_kernel(SDPBackend.MATH):
+        own = prompt_gradient(student, batch, own_prefix, create_graph=True)
+    return 1 - F.cosine_similarity(own.flatten(), wanted.flatten(), dim=0)
+
+
+def _run(
+    teacher: Backbone,
+    student: Backbone,
+    batch: dict[str, Tensor],
+    prefixes: tuple[Tensor | None, Tensor | None],
+    positions: tuple[Tensor, Tensor],
+) -> tuple[list[Tensor], list[Tensor]]:
+    """Return both models' hidden states everywhere and their logits at some positions."""
+    ids, mask = batch["input_ids"], batch["attention_mask"]
+    hidden = [
+        model.hidden_states(ids, mask, prefix)
+        for model, prefix in zip((teacher, student), prefixes, strict=True)
+    ]
+    taught = student.own_logits(teacher.logits(hidden[0][positions]))
+    return hidden, [taught, student.logits(hidden[1][positions])]
