@@ -159,7 +159,7 @@ class Study:
         return measured
 
 
-def run(study: Study, baseline: dict[str, Any] | None) -> dict[str, Any]:
+def run(study: Study, baseline: dict[str, Any] | None, *, alignments: bool) -> dict[str, Any]:
     """Make, measure and try one auxiliary model."""
     started = time.perf_counter()
     made = study.prepare()
@@ -167,7 +167,7 @@ def run(study: Study, baseline: dict[str, Any] | None) -> dict[str, Any]:
     line: dict[str, Any] = {
         "share": made.auxiliary.summary()["share_of_global"],
         **(vars(made.after) if made.after is not None else {}),
-        **study.alignments(),
+        **(study.alignments() if alignments else {}),
     }
     line["server_only"] = baseline or study.federate(with_clients=False)
     line["fedsp"] = study.federate(with_clients=True)
@@ -183,7 +183,8 @@ def main(rows: Path, results: Path) -> None:
     plan = yaml.safe_load(rows.read_text())
     lines = [json.loads(x) for x in results.read_text().splitlines()] if results.exists() else []
     done = {line["name"] for line in lines}
-    baselines = {line["baseline"]: line["server_only"] for line in lines}
+    known = [json.loads(x) for p in results.parent.glob("*.jsonl") for x in p.open()]
+    baselines = {line["baseline"]: line["server_only"] for line in known}
     read: dict[str, Any] = {}
     for index, (name, row) in zip(count(1), plan["rows"].items(), strict=False):
         if name in done:
@@ -195,7 +196,7 @@ def main(rows: Path, results: Path) -> None:
         of_data = " ".join(o for o in options if o.startswith(("--data", "--seed", "--config")))
         study = Study(options, plan["rounds"], read.get(of_data))
         read[of_data] = study.data
-        line = run(study, baselines.get(key))
+        line = run(study, baselines.get(key), alignments=plan.get("alignments", True))
         baselines[key] = line["server_only"]
         line = {"name": name, "options": row or "", "baseline": key, **line}
         with results.open("a") as file:

@@ -15,7 +15,7 @@ from fedsp.data import FederatedDataModule
 from fedsp.distillation import Distillation, cache_key, describe_stage
 from fedsp.phases import Optimization, distill, train_server
 from fedsp.prompt_pool import PromptPool
-from fedsp.quality import QUALITY_BATCHES, Quality, measure_quality
+from fedsp.quality import POOR_ALIGNMENT, QUALITY_BATCHES, Quality, measure_quality
 from fedsp.run_folder import cache_folder
 from fedsp.server import ServerModule
 from fedsp.stages import Stage
@@ -90,7 +90,9 @@ def prepare_auxiliary(
     state = _read(kept, key)
     if state is not None:
         auxiliary.load(state["weights"])
-        return Preparation(auxiliary, *_qualities(state), cached=True)
+        before, after = _qualities(state)
+        _warn_if_poor(after)
+        return Preparation(auxiliary, before, after, cached=True)
     before = after = _measure(fabric, server, auxiliary, data)
     cached = False
     unfinished = kept.with_suffix(".unfinished")
@@ -107,6 +109,7 @@ def prepare_auxiliary(
     qualities = [q and asdict(q) for q in (before, after)]
     save_state(kept, {"key": key, "weights": auxiliary.state(), "quality": qualities})
     unfinished.unlink(missing_ok=True)
+    _warn_if_poor(after)
     return Preparation(auxiliary, before, after, cached)
 
 
@@ -281,6 +284,17 @@ def _measure(
     with fabric.autocast():
         return measure_quality(
             backbone, auxiliary.backbone, batches, prompt.prefix(), auxiliary.layer_map
+        )
+
+
+def _warn_if_poor(quality: Quality | None) -> None:
+    if quality is not None and quality.is_poor:
+        warnings.warn(
+            "The auxiliary model is too poor to be useful: its prompt gradients have a cosine of "
+            f"{quality.alignment:.2f} with the global model's, below {POOR_ALIGNMENT}, so prompts "
+            "tuned on it will hardly help. Raise `model.initial_distillation.stage.steps`, or "
+            "choose a larger `model.auxiliary`; see docs/what-makes-it-work.md.",
+            stacklevel=3,
         )
 
 

@@ -17,6 +17,8 @@ from fedsp.soft_prompt import gather_layers
 from fedsp.vocabulary import IGNORED_LABEL
 
 QUALITY_BATCHES = 8
+# measured: docs/what-makes-it-work.md
+POOR_ALIGNMENT = 0.1
 
 
 @dataclass(frozen=True)
@@ -44,6 +46,11 @@ class Quality:
     prompted_divergence: float
     alignment: float | None
 
+    @property
+    def is_poor(self) -> bool:
+        """Whether prompts tuned on it are not to be expected to help the global model."""
+        return self.alignment is not None and not self.alignment >= POOR_ALIGNMENT
+
 
 @torch.no_grad()
 def measure_quality(
@@ -69,37 +76,39 @@ def measure_quality(
         Means over the tokens.
     """
     sums, num_tokens, num_labels = torch.zeros(5, dtype=torch.float64), 0, 0
-    prefixes = (prefix, gather_layers(prefix, layer_map))
     gradients = [torch.zeros_like(prefix), torch.zeros_like(prefix)]
     for batch in batches:
-        mask = batch["attention_mask"]
+        ids, mask = batch["input_ids"], batch["attention_mask"]
         labels = student.own_labels(batch["labels"])
         rows, columns = torch.nonzero(labels[:, 1:] != IGNORED_LABEL, as_tuple=True)
-        targets = labels[rows, columns + 1]
-        hidden, logits = _run(teacher, student, batch, (None, None), (rows, columns))
-        prompted = _run(teacher, student, batch, prefixes, (rows, columns))[1]
-        count, tokens = rows.numel(), int(mask.sum())
+        targets, count, tokens = labels[rows, columns + 1], rows.numel(), int(mask.sum())
+        hidden = [model.hidden_states(ids, mask) for model in (teacher, student)]
         values = [relative_hidden_error(hidden[1], hidden[0], mask.bool()) * tokens]
         if count:
+            taught = student.own_logits(teacher.logits(hidden[0][rows, columns]))
+            own = student.logits(hidden[1][rows, columns])
+            # both models are asked for the same tokens, which the student may know a part of
+            asked = {**batch, "labels": batch["labels"].where(labels != IGNORED_LABEL, -100)}
+            wanted, full = _prompt_gradient(teacher, asked, prefix)
+            got, prompted = _prompt_gradient(student, asked, gather_layers(prefix, layer_map))
+            gradients[0] += wanted
+            gradients[1][list(layer_map)] += got
             values += [
-                token_cross_entropy(logits[1], targets).sum(),
-                token_cross_entropy(logits[0], targets).sum(),
-                kd_loss(logits[1], logits[0], 1.0) * count,
-                kd_loss(prompted[1], prompted[0], 1.0) * count,
+                token_cross_entropy(own, targets).sum(),
+                token_cross_entropy(taught, targets).sum(),
+                kd_loss(own, taught, 1.0) * count,
+                kd_loss(prompted, student.own_logits(full), 1.0) * count,
             ]
         sums[: len(values)] += torch.tensor([float(v) for v in values], dtype=torch.float64)
         num_tokens, num_labels = num_tokens + tokens, num_labels + count
-        if prefix.numel() and count:
-            gradients[0] += prompt_gradient(teacher, batch, prefixes[0])
-            gradients[1][list(layer_map)] += prompt_gradient(student, batch, prefixes[1])
     hidden_error, *means = sums.tolist()
-    student_loss, teacher_loss, divergence, prompted_divergence = (
+    alignment = float(F.cosine_similarity(gradients[0].flatten(), gradients[1].flatten(), dim=0))
+    lm_loss, global_lm_loss, divergence, prompted_divergence = (
         value / max(1, num_labels) for value in means
     )
-    alignment = float(F.cosine_similarity(gradients[0].flatten(), gradients[1].flatten(), dim=0))
     return Quality(
-        student_loss,
-        teacher_loss,
+        lm_loss,
+        global_lm_loss,
         hidden_error / max(1, num_tokens),
         divergence,
         prompted_divergence,
@@ -107,7 +116,6 @@ def measure_quality(
     )
 
 
-@torch.enable_grad()
 def prompt_gradient(
     backbone: Backbone, batch: dict[str, Tensor], prefix: Tensor, *, create_graph: bool = False
 ) -> Tensor:
@@ -122,11 +130,7 @@ def prompt_gradient(
     Returns:
         [L, 2, K, P, D].
     """
-    prefix = prefix.detach().requires_grad_()
-    logits, targets, _ = backbone.label_logits(batch, prefix)
-    loss = token_cross_entropy(logits, targets).sum() / max(1, len(targets))
-    (gradient,) = torch.autograd.grad(loss, prefix, create_graph=create_graph)
-    return gradient
+    return _prompt_gradient(backbone, batch, prefix, create_graph=create_graph)[0]
 
 
 def prompt_gradient_error(
@@ -156,18 +160,15 @@ def prompt_gradient_error(
     return 1 - F.cosine_similarity(own.flatten(), wanted.flatten(), dim=0)
 
 
-def _run(
-    teacher: Backbone,
-    student: Backbone,
-    batch: dict[str, Tensor],
-    prefixes: tuple[Tensor | None, Tensor | None],
-    positions: tuple[Tensor, Tensor],
-) -> tuple[list[Tensor], list[Tensor]]:
-    """Return both models' hidden states everywhere and their logits at some positions."""
-    ids, mask = batch["input_ids"], batch["attention_mask"]
-    hidden = [
-        model.hidden_states(ids, mask, prefix)
-        for model, prefix in zip((teacher, student), prefixes, strict=True)
-    ]
-    taught = student.own_logits(teacher.logits(hidden[0][positions]))
-    return hidden, [taught, student.logits(hidden[1][positions])]
+@torch.enable_grad()
+def _prompt_gradient(
+    backbone: Backbone, batch: dict[str, Tensor], prefix: Tensor, *, create_graph: bool = False
+) -> tuple[Tensor, Tensor]:
+    """Return the gradient, and the logits behind the prompt that it comes with."""
+    prefix = prefix.detach().requires_grad_()
+    logits, targets, _ = backbone.label_logits(batch, prefix)
+    loss = token_cross_entropy(logits, targets).sum() / max(1, len(targets))
+    if not prefix.numel():
+        return torch.zeros_like(prefix), logits.detach()
+    (gradient,) = torch.autograd.grad(loss, prefix, create_graph=create_graph)
+    return gradient, logits.detach()
