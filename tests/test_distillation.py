@@ -8,12 +8,14 @@ import pytest
 import torch
 from torch import Tensor
 
-from families import random_text, tiny_backbone, tiny_config
+from families import random_prefix, random_text, tiny_backbone, tiny_config
 from fedsp.auxiliary import KeptLayers, SharedCell
 from fedsp.backbone import Backbone
-from fedsp.distillation import Distillation, cache_key, measure_quality
+from fedsp.distillation import Distillation, cache_key
+from fedsp.prompt_pool import PromptPool
 from fedsp.schedules import LinearWarmup
 from fedsp.stages import Stage
+from oracles import closed_forms
 
 FACTS: dict[str, Any] = {"recipe": ["SharedCell", {"start": 0}], "public": "abc", "seed": 0}
 
@@ -42,31 +44,6 @@ def batch() -> dict[str, Tensor]:
     labels = ids.masked_fill(mask == 0, -100)
     labels[:, :3] = -100
     return {"input_ids": ids, "attention_mask": mask, "labels": labels}
-
-
-@torch.no_grad()
-def closed_forms(
-    teacher: Backbone, student: Backbone, batch: dict[str, Tensor], temperature: float = 1.0
-) -> dict[str, Tensor]:
-    """Every term by sums over tokens, from the models' own full logits."""
-    ids, mask, labels = batch["input_ids"], batch["attention_mask"], batch["labels"]
-    hidden, full = [], []
-    for model in (teacher, student):
-        output = model.model(input_ids=ids, attention_mask=mask, output_hidden_states=True)
-        hidden.append(output.hidden_states[-1])
-        full.append(output.logits)
-    squares, scale, lm, divergence, count = 0.0, 0.0, 0.0, 0.0, 0
-    for row in range(ids.shape[0]):
-        for column in range(ids.shape[1]):
-            if mask[row, column]:
-                squares = squares + (hidden[1] - hidden[0])[row, column].pow(2).sum()
-                scale = scale + hidden[0][row, column].pow(2).sum()
-            if column and labels[row, column] != -100:
-                p, q = ((f[row, column - 1] / temperature).softmax(-1) for f in full)
-                divergence = divergence + (p * (p / q).log()).sum() * temperature**2
-                lm = lm - full[1][row, column - 1].softmax(-1)[labels[row, column]].log()
-                count += 1
-    return {"hidden": squares / scale, "logit": divergence / count, "lm": lm / count}
 
 
 # --- the loss -----------------------------------------------------------------------------------
@@ -166,8 +143,9 @@ def test_few_label_positions_are_all_taken_without_a_draw(
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"hidden_weight": -1.0}, "`hidden_weight`, `logit_weight`, `lm_weight` >= 0 and one"),
+        ({"hidden_weight": -1.0}, "`gradient_weight` >= 0 and one"),
         ({"hidden_weight": 0.0}, "one above 0"),
+        ({"gradient_weight": 1.0}, "`model.initial_distillation.gradient_weight` needs prompts"),
         (
             {"max_logit_tokens": 0},
             "`model.initial_distillation.max_logit_tokens` must be at least 1",
@@ -180,33 +158,94 @@ def test_settings_that_mean_nothing_are_refused(options: dict[str, Any], message
         spec(**options)
 
 
-# --- quality ------------------------------------------------------------------------------------
+# --- behind a prompt ----------------------------------------------------------------------------
 
 
-def test_a_model_is_perfect_beside_itself(teacher: Backbone, batch: dict[str, Tensor]) -> None:
-    quality = measure_quality(teacher, tiny_backbone("gpt2"), [batch])
-    assert quality.hidden_error == 0.0
-    assert quality.divergence == pytest.approx(0.0, abs=1e-7)
-    assert quality.lm_loss == quality.global_lm_loss
+def test_a_prompt_of_a_texts_keys_and_values_is_as_good_as_the_text(
+    teacher: Backbone, student: Backbone
+) -> None:
+    """The loss behind K/V of a text equals that of text and batch in one piece, each its own way.
+
+    The student here has all layers, so that the teacher's keys and values are its own.
+    """
+    twin = SharedCell(cell_size=4).build(teacher).backbone
+    ids, _ = random_text(rows=1, length=16)
+    whole = {
+        "input_ids": ids,
+        "attention_mask": torch.ones_like(ids),
+        "labels": torch.where(torch.arange(16) < 6, -100, ids),
+    }
+    rest = {name: tensor[:, 5:] for name, tensor in whole.items()}
+    settings = spec(hidden_weight=0.0, lm_weight=1.0)
+    prefix = teacher.keys_values(ids[:, :5])
+    got = settings.loss(teacher, twin, rest, torch.Generator(), prefix, range(4))
+    expected = settings.loss(teacher, twin, whole, torch.Generator())
+    assert torch.allclose(got, expected, rtol=1e-4)
+    assert not torch.allclose(
+        settings.loss(teacher, twin, rest, torch.Generator()), expected, rtol=1e-3
+    )
 
 
-def test_quality_is_the_mean_over_the_tokens_of_all_batches(
+def test_a_student_reads_the_slots_of_its_own_layers(batch: dict[str, Tensor]) -> None:
+    teacher = tiny_backbone("gpt2")
+    student = KeptLayers(layers=[1, 3]).build(teacher)
+    prefix = random_prefix(teacher)
+    changed = prefix.clone()
+    changed[[0, 2]] += 1
+    settings = spec(hidden_weight=0.0, lm_weight=1.0)
+    losses = [
+        settings.loss(teacher, student.backbone, batch, torch.Generator(), it, student.layer_map)
+        for it in (prefix, changed)
+    ]
+    assert torch.equal(*losses)
+
+
+def test_the_gradient_error_is_zero_beside_itself_and_can_be_learned(
     teacher: Backbone, student: Backbone, batch: dict[str, Tensor]
 ) -> None:
-    """Batches of different sizes weigh by their tokens and label tokens."""
-    small = {name: tensor[:1, :6] for name, tensor in batch.items()}
-    quality = measure_quality(teacher, student, [batch, small])
-    terms = [closed_forms(teacher, student, part) for part in (batch, small)]
-    tokens = [int(part["attention_mask"].sum()) for part in (batch, small)]
-    labels = [int((part["labels"][:, 1:] != -100).sum()) for part in (batch, small)]
+    settings = spec(hidden_weight=0.0, gradient_weight=1.0, prompts=PromptPool())
+    prefix = random_prefix(teacher)
+    twin = SharedCell(cell_size=4).build(teacher).backbone
+    assert settings.loss(teacher, twin, batch, torch.Generator(), prefix, range(4)) < 1e-5
+    optimizer = torch.optim.Adam(student.model.parameters(), lr=3e-3)
+    errors = []
+    for _ in range(30):
+        error = settings.loss(teacher, student, batch, torch.Generator(), prefix, range(4))
+        optimizer.zero_grad()
+        error.backward()
+        optimizer.step()
+        errors.append(float(error.detach()))
+    assert 0 < errors[-1] < 0.7 * errors[0]
 
-    def mean(name: str, counts: list[int]) -> float:
-        weighted = sum(float(t[name]) * count for t, count in zip(terms, counts, strict=True))
-        return weighted / sum(counts)
 
-    assert quality.hidden_error == pytest.approx(mean("hidden", tokens), rel=1e-4)
-    assert quality.divergence == pytest.approx(mean("logit", labels), rel=1e-4)
-    assert quality.lm_loss == pytest.approx(mean("lm", labels), rel=1e-4)
+def test_prompts_are_drawn_between_those_of_the_pool() -> None:
+    pool = [torch.zeros(2, 2, 1, 3, 4), torch.ones(2, 2, 1, 3, 4)]
+    generator = torch.Generator().manual_seed(0)
+    drawn = [PromptPool().draw(pool, generator) for _ in range(200)]
+    values = torch.stack([prompt for prompt in drawn if prompt is not None])
+    assert len(values) == 200
+    assert (values == values[:, :1, :1, :1, :1, :1]).all()
+    assert values.min() == 0
+    assert values.max() == 1
+    assert len(values[:, 0, 0, 0, 0, 0].unique()) > 50
+
+
+def test_a_share_of_the_batches_has_no_prompt_and_noise_is_relative() -> None:
+    generator = torch.Generator().manual_seed(0)
+    pool = [torch.full((1, 2, 1, 50, 40), 3.0)]
+    drawn = [PromptPool(share=0.25, noise=0.5).draw(pool, generator) for _ in range(400)]
+    there = [prompt for prompt in drawn if prompt is not None]
+    assert 70 < len(there) < 130
+    assert float(there[0].std()) == pytest.approx(1.5, rel=0.05)
+    assert float(there[0].mean()) == pytest.approx(3.0, abs=0.1)
+
+
+@pytest.mark.parametrize(
+    ("option", "value"), [("share", 0.0), ("share", 1.5), ("rounds", -1), ("noise", -0.1)]
+)
+def test_a_pool_that_means_nothing_is_refused(option: str, value: float) -> None:
+    with pytest.raises(ValueError, match=f"initial_distillation.prompts.{option}"):
+        PromptPool(**{option: value})  # type: ignore[arg-type]
 
 
 # --- the cache key ------------------------------------------------------------------------------

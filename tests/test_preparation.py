@@ -13,8 +13,12 @@ from torch import Tensor
 from fedsp.auxiliary import KeptLayers
 from fedsp.batching import Batching
 from fedsp.callbacks import FederatedCallback
-from fedsp.distillation import Distillation, measure_quality
-from fedsp.preparation import Preparation, check_public_data, prepare_auxiliary
+from fedsp.compression import LowRank
+from fedsp.distillation import Distillation
+from fedsp.phases import Optimization, train_server
+from fedsp.preparation import Preparation, check_public_data, fill_pool, prepare_auxiliary
+from fedsp.prompt_pool import PromptPool
+from fedsp.quality import measure_quality
 from fedsp.schedules import LinearWarmup
 from fedsp.server import ServerModule
 from fedsp.sources import Files
@@ -121,10 +125,12 @@ def test_the_quality_is_that_of_the_models_on_the_servers_data(tmp_path: Path) -
         trainer=Owner(),
     )
     batches = list(data.server_dataloader(start_step=0, num_steps=8))
-    backbone = server.require_model()[0]
-    assert prepared.after == measure_quality(backbone, prepared.auxiliary.backbone, batches)
+    backbone, prompt = server.require_model()
     fresh = server.auxiliary_recipe.build(backbone)
-    assert prepared.before == measure_quality(backbone, fresh.backbone, batches)
+    for quality, auxiliary in ((prepared.after, prepared.auxiliary), (prepared.before, fresh)):
+        assert quality == measure_quality(
+            backbone, auxiliary.backbone, batches, prompt.prefix(), auxiliary.layer_map
+        )
 
 
 def test_the_global_model_is_left_alone_and_nothing_asks_for_a_gradient(tmp_path: Path) -> None:
@@ -499,3 +505,91 @@ def test_half_a_distillation_of_other_settings_is_not_gone_on_with(
     again = prepare(tmp_path, "cut", other, owner)
     assert owner.steps == 4
     assert same(again, prepare(tmp_path, "fresh", other))
+
+
+# --- prompts in front of the public texts ---------------------------------------------------------
+
+
+def test_the_pool_holds_the_start_the_servers_own_rounds_and_texts(tmp_path: Path) -> None:
+    """A round of it is a round of a run without clients; the server's own prompt stays."""
+    server, data = loaded_server(tmp_path, None), ready_data(tmp_path)
+    server.initialize_prompt(data.sample_ids(4))
+    initial = server.require_model()[1].prefix()
+    fabric = Fabric(accelerator="cpu", devices=1)
+    pool = fill_pool(fabric, server, data, PromptPool(rounds=2, texts=3), seed=0)
+    assert len(pool) == 1 + 2 + 3
+    assert torch.equal(pool[0], initial)
+    assert torch.equal(server.require_model()[1].prefix(), initial)
+
+    prompt = server.require_model()[1]
+    stage = server.training_stage
+    optimization = Optimization(*stage.build(prompt.parameters(), 2 * stage.steps))
+    for round_idx in range(2):
+        batches = data.server_dataloader(start_step=optimization.batches, num_steps=stage.batches)
+        train_server(fabric, server, optimization, batches, seed=0, round_idx=round_idx)
+        assert torch.equal(prompt.prefix(), pool[1 + round_idx])
+
+    ids = next(iter(data.public_dataloader(start_step=0, num_steps=1)))["input_ids"][:1, :4]
+    assert torch.equal(pool[3], server.require_model()[0].keys_values(ids))
+
+
+def test_a_model_taught_behind_prompts_is_another_one_and_depends_on_the_servers_data(
+    tmp_path: Path,
+) -> None:
+    _, rows = files(tmp_path)
+    other = tmp_path / "other.jsonl"
+    other.write_text('{"prompt": "what is it?", "completion": "xyz"}\n' * 9)
+    cache = tmp_path / "models"
+    plain = Distillation(STAGE, cache_dir=str(cache))
+    prompted = replace(plain, prompts=PromptPool(rounds=1))
+    owners = [Owner() for _ in range(4)]
+    made = [
+        prepare(
+            tmp_path,
+            f"run{index}",
+            spec,
+            owners[index],
+            ready_data(tmp_path, public=Files(rows), server=Files(server)),
+        )
+        for index, (spec, server) in enumerate(
+            [(plain, rows), (prompted, rows), (prompted, rows), (prompted, str(other))]
+        )
+    ]
+    assert [owner.steps for owner in owners] == [20, 20, 0, 20]
+    assert same(made[1], made[2])
+    assert not same(made[0], made[1])
+    assert not same(made[1], made[3])
+
+
+def test_a_wrapped_recipe_is_told_apart_by_its_settings(tmp_path: Path) -> None:
+    distillation = Distillation(STAGE, cache_dir=str(tmp_path / "models"))
+    owners = [Owner() for _ in range(3)]
+    for index, rank in enumerate((2, 3, 2)):
+        recipe = LowRank(KeptLayers(num_layers=4), rank)
+        prepare(tmp_path, f"run{index}", distillation, owners[index], auxiliary=recipe)
+    assert [owner.steps for owner in owners] == [20, 20, 0]
+
+
+@pytest.mark.parametrize(("whole", "poor"), [(True, False), (False, True)])
+def test_an_auxiliary_model_that_reads_prompts_otherwise_is_warned_of(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, whole: bool, poor: bool
+) -> None:
+    """The whole model reads them as the global one, a zeroed layer does not read them at all."""
+    recipe = KeptLayers(num_layers=4 if whole else 1)
+    build = KeptLayers.build
+
+    def cut(self: KeptLayers, *args: Any) -> Any:
+        auxiliary = build(self, *args)
+        if not whole:
+            for parameter in auxiliary.trainable().values():
+                parameter.data.zero_()
+        return auxiliary
+
+    monkeypatch.setattr(KeptLayers, "build", cut)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        prepared = prepare(tmp_path, "run", None, auxiliary=recipe)
+        prepare(tmp_path, "run", None, auxiliary=recipe)
+    assert prepared.after is not None
+    assert prepared.after.is_poor == poor
+    assert [str(it.message)[:31] for it in caught] == ["The auxiliary model is too poor"] * 2 * poor

@@ -8,10 +8,10 @@ import pytest
 from rich.console import Console
 
 from fedsp.auxiliary import SharedCell
-from fedsp.distillation import Quality
 from fedsp.federation import Communication
 from fedsp.history import Evaluation
 from fedsp.ledger import read_ledger
+from fedsp.quality import Quality
 from fedsp.sampling import UniformSampler
 from fedsp.server import SoftPromptSpec
 from fedsp.summary import (
@@ -93,18 +93,20 @@ def test_a_round_without_clients_costs_nothing(tmp_path: Path) -> None:
 
 
 def test_quality_stands_beside_the_global_model() -> None:
-    before, after = Quality(6.0, 3.0, 0.9, 2.0), Quality(4.0, 3.0, 0.1, 0.5)
+    before, after = Quality(6.0, 3.0, 0.9, 2.0, 2.5, 0.1), Quality(4.0, 3.0, 0.1, 0.5, 0.75, 0.8)
     rows = dict(quality_rows(SimpleNamespace(before=before, after=after, cached=True)))
     assert rows == {
         "LM loss": "6.0000 -> 4.0000   (global model: 3.0000)",
         "hidden error": "0.9000 -> 0.1000",
         "KL to global": "2.0000 -> 0.5000",
+        "KL with prompt": "2.5000 -> 0.7500",
+        "alignment": "0.1000 -> 0.8000",
         "distilled": "found in the cache",
     }
 
 
 def test_an_auxiliary_that_was_not_taught_has_one_quality() -> None:
-    quality = Quality(6.0, 3.0, 0.9, 2.0)
+    quality = Quality(6.0, 3.0, 0.9, 2.0, 2.5, 0.1)
     rows = dict(quality_rows(SimpleNamespace(before=quality, after=quality, cached=False)))
     assert rows["LM loss"] == "6.0000   (global model: 3.0000)"
     assert rows["distilled"] == "no"

@@ -74,6 +74,15 @@ class Auxiliary(nn.Module):
         parameters = dict(self.backbone.model.named_parameters())
         return {name: parameters[name] for name in self._trainable_names}
 
+    def rebuilt(self, backbone: Backbone) -> "Auxiliary":
+        """Return it over a model that was made from its own, such as a smaller one."""
+        return Auxiliary(backbone, self.slots, self.sources, self._global_num_parameters)
+
+    def duplicate(self) -> "Auxiliary":
+        """Return a copy with parameters of its own; those of the global model stay shared."""
+        parameters = self.backbone.model.parameters()
+        return copy.deepcopy(self, {id(p): p for p in parameters if id(p) in self._borrowed})
+
     def state(self) -> dict[str, Tensor]:
         """Return CPU copies of what is trained; `load` takes them back bit for bit."""
         return {
@@ -110,15 +119,19 @@ class Auxiliary(nn.Module):
     def handout(self) -> dict[str, Tensor]:
         """Return all that a client needs: its own parameters, embeddings and head, each once.
 
+        A trimmed vocabulary's two maps are among it.
+
         Returns:
             Contiguous CPU tensors by name; those of `trainable()` under the same names.
         """
         model = self.backbone.model
         saved = model.state_dict(keep_vars=True).keys()
         buffers = ((name, buffer) for name, buffer in model.named_buffers() if name in saved)
+        vocabulary = self.backbone.vocabulary
+        maps = {} if vocabulary is None else vocabulary.state_dict(prefix="vocabulary.")
         return {
             name: tensor.detach().to("cpu", copy=True).contiguous()
-            for name, tensor in (*model.named_parameters(), *buffers)
+            for name, tensor in (*model.named_parameters(), *buffers, *maps.items())
         }
 
     def num_parameters(self) -> int:
@@ -201,11 +214,13 @@ class AuxiliaryRecipe(ABC):
         self.sources(num_layers)
         self.slots(num_layers)
 
-    def build(self, backbone: Backbone) -> Auxiliary:
+    def build(self, backbone: Backbone, token_counts: Tensor | None = None) -> Auxiliary:
         """Derive the auxiliary model; the global one is neither changed nor copied.
 
         Args:
             backbone: The global model.
+            token_counts: [V] How often each token occurs in the data that the server sees, for
+                recipes that ask.
 
         Returns:
             The auxiliary model in evaluation mode, its own parameters in float32.

@@ -31,10 +31,9 @@ from fedsp.pretrained import (
 )
 from fedsp.recompute import recomputed
 from fedsp.seeding import isolated_rng
+from fedsp.vocabulary import IGNORED_LABEL, Vocabulary
 
 __all__ = ["Backbone", "BackboneSpec", "KVShape", "load_backbone", "load_tokenizer", "resolve"]
-
-IGNORED_LABEL = -100
 
 
 def load_backbone(spec: BackboneSpec, *, seed: int = 0) -> "Backbone":
@@ -64,15 +63,20 @@ class Backbone(nn.Module):
         kv_shape: (L, K, D) of its keys and values.
         hidden_size: E, size of its last hidden states.
         vocab_size: V, number of its logits.
+        vocabulary: Rows that token ids stand for; None where each has its own.
         max_positions: Highest number of positions it was made for; None if it names none.
     """
 
-    def __init__(self, model: PreTrainedModel, spec: BackboneSpec) -> None:
+    def __init__(
+        self, model: PreTrainedModel, spec: BackboneSpec, vocabulary: Vocabulary | None = None
+    ) -> None:
         """Describe the model.
 
         Args:
             model: A transformers causal language model.
             spec: How it is run; the name, the config and the tokenizer play no part any more.
+            vocabulary: Of a model with rows for some tokens only; texts and labels are given in
+                token ids of the full vocabulary all the same.
 
         Raises:
             ValueError: If the model is of no supported kind, or `position_offset` is negative.
@@ -86,6 +90,7 @@ class Backbone(nn.Module):
         self.model = model
         self.training = model.training
         self.spec = spec
+        self.vocabulary = vocabulary
         self.kv_shape = describe(model)
         self.vocab_size, self.hidden_size = model.get_output_embeddings().weight.shape
         self.max_positions: int | None = text_option(model, "max_position_embeddings")
@@ -163,7 +168,7 @@ class Backbone(nn.Module):
             ValueError: As `hidden_states`.
         """
         hidden = self.hidden_states(batch["input_ids"], batch["attention_mask"], prefix)
-        targets = batch["labels"][:, 1:]
+        targets = self.own_labels(batch["labels"])[:, 1:]
         rows, columns = (targets != IGNORED_LABEL).nonzero(as_tuple=True)
         return self.logits(hidden[rows, columns]), targets[rows, columns], rows
 
@@ -180,7 +185,8 @@ class Backbone(nn.Module):
 
         Returns:
             [N, V] logits, [N] int64 targets, and [N] int64 choice that each comes from. A choice
-            without a prompt loses its first token, which nothing predicts.
+            without a prompt loses its first token, which nothing predicts, and where the
+            vocabulary is trimmed, tokens that have no row are left out.
 
         Raises:
             ValueError: As `hidden_states`.
@@ -192,9 +198,19 @@ class Backbone(nn.Module):
         else:
             hidden = self._tree_states(ids, seen_text(mask, choice), prefix)
         before = predecessors(mask, choice)
-        rows, columns = ((choice >= 0) & (before >= 0)).nonzero(as_tuple=True)
+        targets = self.own_labels(ids)
+        counts = (choice >= 0) & (before >= 0) & (targets != IGNORED_LABEL)
+        rows, columns = counts.nonzero(as_tuple=True)
         logits = self.logits(hidden[rows, before[rows, columns]])
-        return logits, ids[rows, columns], choice[rows, columns]
+        return logits, targets[rows, columns], choice[rows, columns]
+
+    def own_labels(self, labels: Tensor) -> Tensor:
+        """Return labels as this model's rows: [B, T] int64, -100 where it has none to predict."""
+        return labels if self.vocabulary is None else self.vocabulary.labels(labels)
+
+    def own_logits(self, logits: Tensor) -> Tensor:
+        """Return a full model's [..., V] logits of those tokens that this model scores."""
+        return logits if self.vocabulary is None else self.vocabulary.logits(logits)
 
     @torch.no_grad()
     def keys_values(self, input_ids: Tensor) -> Tensor:
@@ -239,12 +255,14 @@ class Backbone(nn.Module):
             ValueError: If the padding is on the right, the prompt's shape is not the model's, or
                 there are too few positions.
             RuntimeError: If embeddings and layers differ in dtype, as in an auxiliary model whose
-                embeddings are a bfloat16 backbone's.
+                embeddings are a bfloat16 backbone's, or its vocabulary is trimmed.
         """
         if not bool(attention_mask[:, -1].all()):
             raise ValueError("`generate` needs texts padded on the left, got padding on the right.")
         if self.model.get_input_embeddings().weight.dtype != self.dtype:
             raise RuntimeError("`generate` needs embeddings and layers of one dtype.")
+        if self.vocabulary is not None:
+            raise RuntimeError("`generate` needs a full vocabulary; this model's is trimmed.")
         start = self._start(prefix)
         length = start + input_ids.shape[1] + (kwargs.get("max_new_tokens") or 0)
         self._check_length(length)
@@ -351,7 +369,8 @@ class Backbone(nn.Module):
         positions: Tensor,
         cache: Cache | None,
     ) -> Tensor:
-        embeds = self.model.get_input_embeddings()(input_ids)
+        rows = input_ids if self.vocabulary is None else self.vocabulary.rows(input_ids)
+        embeds = self.model.get_input_embeddings()(rows)
         recompute = self.spec.gradient_checkpointing and torch.is_grad_enabled()
         with recomputed(self.layers) if recompute else nullcontext():
             output = self.decoder(

@@ -170,7 +170,8 @@ class ClientModule(LightningModule):
         """
         auxiliary, prompt = self.require_model()
         logits, targets, _ = auxiliary.backbone.label_logits(batch, prompt())
-        loss = token_cross_entropy(logits, targets).mean()
+        # a trimmed vocabulary may know none of a batch's labels: nothing to learn, and not NaN
+        loss = token_cross_entropy(logits, targets).sum() / max(1, len(targets))
         return loss + self._proximal_term() if self.proximal_weight else loss
 
     def _proximal_term(self) -> Tensor:

@@ -10,6 +10,7 @@ from functools import partial
 from itertools import chain
 from typing import Any
 
+import torch
 from datasets import Dataset
 from lightning.pytorch import LightningDataModule
 from torch import Tensor
@@ -332,6 +333,22 @@ class FederatedDataModule(LightningDataModule):
             if name in self._portions:
                 return self._portions[name].store.head(num_tokens)
         return []
+
+    def token_counts(self, vocab_size: int) -> Tensor:
+        """Return how often each token occurs in the server's and the public data together.
+
+        Args:
+            vocab_size: V.
+
+        Returns:
+            [V] int64, all zero where there is neither split.
+        """
+        self._require_setup()
+        counts = torch.zeros(vocab_size, dtype=torch.long)
+        for name in ("server", "public"):
+            if name in self._portions:
+                counts += torch.from_numpy(self._portions[name].store.counts(vocab_size))
+        return counts
 
     def public_overlap(self) -> int:
         """Return how many public examples have the same tokens as some client's example."""

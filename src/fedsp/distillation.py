@@ -5,7 +5,7 @@ Axes: B batch, T text tokens, E embedding size, N positions with logits, V vocab
 
 import hashlib
 import json
-from collections.abc import Iterable
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
@@ -14,10 +14,12 @@ from torch import Tensor
 from torch.nn import Parameter
 
 from fedsp.backbone import Backbone
-from fedsp.losses import hidden_loss, kd_loss, token_cross_entropy
+from fedsp.losses import kd_loss, relative_hidden_error, token_cross_entropy
+from fedsp.prompt_pool import PromptPool
+from fedsp.quality import prompt_gradient_error
+from fedsp.soft_prompt import pool_layers
 from fedsp.stages import Stage
 
-QUALITY_BATCHES = 8
 DISTILLATION_STEPS = 1000
 
 
@@ -33,6 +35,9 @@ class Distillation:
         logit_weight: Weight of the KL divergence from the global model's next-token distribution,
             in nats.
         lm_weight: Weight of the auxiliary's own cross-entropy, in nats.
+        gradient_weight: Weight of 1 minus the cosine of both models' gradients with respect to the
+            prompt; counts where there is one.
+        prompts: Soft prompts that both models read in front of the public texts; null has none.
         kd_temperature: Softmax temperature of the KL divergence, above 0.
         max_logit_tokens: Label positions a batch may spend on logits; a random choice is taken of
             more.
@@ -45,6 +50,8 @@ class Distillation:
     hidden_weight: float = 1.0
     logit_weight: float = 0.0
     lm_weight: float = 0.0
+    gradient_weight: float = 0.0
+    prompts: PromptPool | None = None
     kd_temperature: float = 1.0
     max_logit_tokens: int = 512
     cache_dir: str | None = None
@@ -57,11 +64,16 @@ class Distillation:
             ValueError: If a weight is negative or all are zero, or another number is out of its
             range.
         """
-        weights = (self.hidden_weight, self.logit_weight, self.lm_weight)
+        weights = (self.hidden_weight, self.logit_weight, self.lm_weight, self.gradient_weight)
         if min(weights) < 0 or max(weights) == 0:
             raise ValueError(
-                "`model.initial_distillation` needs `hidden_weight`, `logit_weight`, `lm_weight` "
-                f">= 0 and one above 0, got {weights}."
+                "`model.initial_distillation` needs `hidden_weight`, `logit_weight`, `lm_weight`, "
+                f"`gradient_weight` >= 0 and one above 0, got {weights}."
+            )
+        if self.gradient_weight and self.prompts is None:
+            raise ValueError(
+                "`model.initial_distillation.gradient_weight` needs prompts, but "
+                "`model.initial_distillation.prompts` is null. Set both or neither."
             )
         if self.max_logit_tokens < 1:
             raise ValueError(
@@ -80,33 +92,42 @@ class Distillation:
         student: Backbone,
         batch: dict[str, Tensor],
         generator: torch.Generator,
+        prefix: Tensor | None = None,
+        slots: Sequence[Sequence[int]] = (),
     ) -> Tensor:
-        """Loss of one public batch, both models without a prompt.
+        """Loss of one public batch.
 
         Args:
             teacher: The frozen global model.
             student: The auxiliary model's backbone.
             batch: `input_ids`, `attention_mask` and `labels`, [B, T].
             generator: Draws the label positions when there are too many.
+            prefix: [L, 2, K, P, D] soft prompt that both read; None is none.
+            slots: Global layers whose prompt slots each of the student's layers stands for; not
+                used without a prompt.
 
         Returns:
             [] scalar in fp32.
         """
         ids, mask = batch["input_ids"], batch["attention_mask"]
+        own_prefix = None if prefix is None else pool_layers(prefix, slots)
         with torch.no_grad():
-            teacher_hidden = teacher.hidden_states(ids, mask)
-        student_hidden = student.hidden_states(ids, mask)
+            teacher_hidden = teacher.hidden_states(ids, mask, prefix)
+        student_hidden = student.hidden_states(ids, mask, own_prefix)
         total = student_hidden.new_zeros((), dtype=torch.float32)
         if self.hidden_weight:
             error = relative_hidden_error(student_hidden, teacher_hidden, mask.bool())
             total = total + self.hidden_weight * error
-        if not (self.logit_weight or self.lm_weight):
+        if self.gradient_weight and prefix is not None:
+            error = prompt_gradient_error(teacher, student, batch, prefix, slots)
+            total = total + self.gradient_weight * error
+        positions, targets = self._logit_positions(student.own_labels(batch["labels"]), generator)
+        if not (self.logit_weight or self.lm_weight) or not targets.numel():
             return total
-        positions, targets = self._logit_positions(batch["labels"], generator)
         student_logits = student.logits(student_hidden[positions])
         if self.logit_weight:
             with torch.no_grad():
-                teacher_logits = teacher.logits(teacher_hidden[positions])
+                teacher_logits = student.own_logits(teacher.logits(teacher_hidden[positions]))
             divergence = kd_loss(student_logits, teacher_logits, self.kd_temperature)
             total = total + self.logit_weight * divergence
         if self.lm_weight:
@@ -122,78 +143,6 @@ class Distillation:
             chosen = chosen.sort().values.to(rows.device)
             rows, columns = rows[chosen], columns[chosen]
         return (rows, columns), labels[rows, columns + 1]
-
-
-def relative_hidden_error(student_hidden: Tensor, teacher_hidden: Tensor, mask: Tensor) -> Tensor:
-    """Hidden mean squared error as a share of the teacher's mean square over the same positions.
-
-    Args:
-        student_hidden: [B, T, E].
-        teacher_hidden: [B, T, E].
-        mask: [B, T] bool, True where a token is text.
-
-    Returns:
-        [] scalar in fp32; 0 for equal models, about 1 for a student that knows nothing.
-    """
-    scale = teacher_hidden[mask].float().pow(2).mean()
-    return hidden_loss(student_hidden, teacher_hidden, mask) / scale
-
-
-@dataclass(frozen=True)
-class Quality:
-    """How close an auxiliary model is to its global model, both without a prompt.
-
-    Args:
-        lm_loss: The auxiliary's loss on the labels it was measured on, in nats a token.
-        global_lm_loss: The global model's on the same labels.
-        hidden_error: Hidden mean squared error as a share of the teacher's mean square.
-        divergence: KL divergence from the global model's next-token distribution, in nats a token.
-    """
-
-    lm_loss: float
-    global_lm_loss: float
-    hidden_error: float
-    divergence: float
-
-
-@torch.no_grad()
-def measure_quality(
-    teacher: Backbone, student: Backbone, batches: Iterable[dict[str, Tensor]]
-) -> Quality:
-    """Compare two models on batches that already lie on their device.
-
-    Args:
-        teacher: The global model.
-        student: The auxiliary model's backbone.
-        batches: Batches with labels; each counts by its number of tokens.
-
-    Returns:
-        Means over the tokens.
-    """
-    sums, num_tokens, num_labels = torch.zeros(4, dtype=torch.float64), 0, 0
-    for batch in batches:
-        ids, mask = batch["input_ids"], batch["attention_mask"]
-        teacher_hidden = teacher.hidden_states(ids, mask)
-        student_hidden = student.hidden_states(ids, mask)
-        rows, columns = torch.nonzero(batch["labels"][:, 1:] != -100, as_tuple=True)
-        targets = batch["labels"][rows, columns + 1]
-        teacher_logits = teacher.logits(teacher_hidden[rows, columns])
-        student_logits = student.logits(student_hidden[rows, columns])
-        count, tokens = rows.numel(), int(mask.sum())
-        error = relative_hidden_error(student_hidden, teacher_hidden, mask.bool())
-        values = (
-            token_cross_entropy(student_logits, targets).sum(),
-            token_cross_entropy(teacher_logits, targets).sum(),
-            error * tokens,
-            kd_loss(student_logits, teacher_logits, 1.0) * count,
-        )
-        sums += torch.tensor([float(value) for value in values], dtype=torch.float64)
-        num_tokens, num_labels = num_tokens + tokens, num_labels + count
-    labels, tokens = max(1, num_labels), max(1, num_tokens)
-    student_loss, teacher_loss, hidden_error, divergence = sums.tolist()
-    return Quality(
-        student_loss / labels, teacher_loss / labels, hidden_error / tokens, divergence / labels
-    )
 
 
 def cache_key(teacher: Backbone, spec: Distillation, facts: dict[str, Any]) -> str:
@@ -218,7 +167,7 @@ def cache_key(teacher: Backbone, spec: Distillation, facts: dict[str, Any]) -> s
     weights.pop("stage")
     described = {
         "spec": weights,
-        "stage": _describe_stage(spec.stage),
+        "stage": describe_stage(spec.stage),
         "position_offset": teacher.spec.position_offset,
         **facts,
     }
@@ -226,8 +175,8 @@ def cache_key(teacher: Backbone, spec: Distillation, facts: dict[str, Any]) -> s
     return digest.hexdigest()
 
 
-def _describe_stage(stage: Stage) -> dict[str, Any]:
-    """Optimizer and schedule by what they do: callables themselves have no stable text."""
+def describe_stage(stage: Stage) -> dict[str, Any]:
+    """Return optimizer and schedule by what they do: callables themselves have no stable text."""
     optimizer, scheduler = stage.build([Parameter(torch.zeros(1))], max(1, stage.steps))
     group = optimizer.param_groups[0]
     group["params"][0].grad = torch.zeros(1)

@@ -129,6 +129,10 @@ class TokenStore(Sequence[Example]):
         prompts = self._first[:-1]
         return sizes[prompts] + sizes[prompts + 1 + self.arrays["answers"]]
 
+    def counts(self, vocab_size: int) -> np.ndarray:
+        """[vocab_size] int64 How often each token occurs, in prompts and all choices."""
+        return np.bincount(self.arrays["tokens"], minlength=vocab_size)
+
     def head(self, num_tokens: int) -> list[int]:
         """Return the first token ids of all prompts and right completions, joined in order.
 

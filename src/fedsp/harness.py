@@ -202,15 +202,11 @@ def run_harness(
     from lm_eval.models.huggingface import HFLM
 
     server.eval()
-    backbone, prompt = server.require_model()
-    offset = backbone.spec.position_offset
-    start = prompt.num_virtual_tokens if offset is None else offset
-    room = None if backbone.max_positions is None else backbone.max_positions - start
     model: Any = HFLM(
-        pretrained=PromptedModel(backbone, server.tokenizer, prompt()),
+        pretrained=PromptedModel(server.require_deployed(), server.tokenizer, server.prefix()),
         tokenizer=server.tokenizer,
         # the prompt's positions are not there for text; see docs/footguns.md#20
-        max_length=room,
+        max_length=server.text_room(),
         batch_size=harness.batch_size,
         backend="causal",
     )

@@ -55,6 +55,21 @@ def hidden_loss(student_hidden: Tensor, teacher_hidden: Tensor, mask: Tensor) ->
     return F.mse_loss(student_hidden[mask].float(), teacher_hidden.detach()[mask].float())
 
 
+def relative_hidden_error(student_hidden: Tensor, teacher_hidden: Tensor, mask: Tensor) -> Tensor:
+    """Hidden mean squared error as a share of the teacher's mean square over the same positions.
+
+    Args:
+        student_hidden: [B, T, E].
+        teacher_hidden: [B, T, E].
+        mask: [B, T] bool, True where a token is text.
+
+    Returns:
+        [] scalar in fp32; 0 for equal models, about 1 for a student that knows nothing.
+    """
+    scale = teacher_hidden[mask].float().pow(2).mean()
+    return hidden_loss(student_hidden, teacher_hidden, mask) / scale
+
+
 def kd_loss(student_logits: Tensor, teacher_logits: Tensor, kd_temperature: float) -> Tensor:
     """Mean forward KL divergence from teacher to student over the given positions, in nats.
 

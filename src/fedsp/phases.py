@@ -231,7 +231,7 @@ def train_server(
     return result
 
 
-def distill(
+def distill(  # noqa: PLR0913 - what the other phases take, and the pool of prompts
     fabric: Fabric,
     server: ServerModule,
     auxiliary: Auxiliary,
@@ -239,9 +239,10 @@ def distill(
     batches: Batches,
     *,
     seed: int,
+    prompts: Sequence[Tensor] = (),
     on_step: StepCallback | None = None,
 ) -> StageResult:
-    """Teach the auxiliary model what the global model knows, on public data and without prompts.
+    """Teach the auxiliary model what the global model knows, on public data.
 
     Dropout is off on both sides: what is to be matched is a function, not a sample of it.
 
@@ -252,6 +253,7 @@ def distill(
         optimization: Optimizer and schedule of `auxiliary.trainable()`, fresh or gone on with.
         batches: Public batches; those of the whole stage, or of a part of it.
         seed: The run's seed.
+        prompts: The pool that `initial_distillation.prompts` draws from, each [L, 2, K, P, D].
         on_step: Called with the number of steps done and the last loss.
 
     Returns:
@@ -271,7 +273,11 @@ def distill(
 
     def loss_of(batch: dict[str, Tensor], batch_idx: int) -> Tensor:
         positions = stream(seed, "distillation_positions", round_idx=first + batch_idx)
-        return spec.loss(teacher, auxiliary.backbone, batch, positions)
+        prefix = None
+        if spec.prompts is not None:
+            drawn = stream(seed, "distillation_prompts", round_idx=first + batch_idx)
+            prefix = spec.prompts.draw(prompts, drawn)
+        return spec.loss(teacher, auxiliary.backbone, batch, positions, prefix, auxiliary.slots)
 
     result = _optimize(
         fabric,

@@ -6,13 +6,16 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
+import torch
 from lightning.fabric import Fabric
 from torch import Tensor
 
-from fedsp.auxiliary import Auxiliary
+from fedsp.auxiliary import Auxiliary, AuxiliaryRecipe
 from fedsp.data import FederatedDataModule
-from fedsp.distillation import QUALITY_BATCHES, Distillation, Quality, cache_key, measure_quality
-from fedsp.phases import Optimization, distill
+from fedsp.distillation import Distillation, cache_key, describe_stage
+from fedsp.phases import Optimization, distill, train_server
+from fedsp.prompt_pool import PromptPool
+from fedsp.quality import POOR_ALIGNMENT, QUALITY_BATCHES, Quality, measure_quality
 from fedsp.run_folder import cache_folder
 from fedsp.server import ServerModule
 from fedsp.stages import Stage
@@ -79,13 +82,17 @@ def prepare_auxiliary(
     Returns:
         The auxiliary model on the server's device.
     """
-    auxiliary = server.auxiliary_recipe.build(server.require_model()[0])
+    backbone = server.require_model()[0]
+    counts = data.token_counts(backbone.vocab_size)
+    auxiliary = server.auxiliary_recipe.build(backbone, counts)
     fabric.to_device(auxiliary)
-    key = _key(server, data, trainer)
+    key = _key(server, auxiliary, data, trainer)
     state = _read(kept, key)
     if state is not None:
         auxiliary.load(state["weights"])
-        return Preparation(auxiliary, *_qualities(state), cached=True)
+        before, after = _qualities(state)
+        _warn_if_poor(after)
+        return Preparation(auxiliary, before, after, cached=True)
     before = after = _measure(fabric, server, auxiliary, data)
     cached = False
     unfinished = kept.with_suffix(".unfinished")
@@ -102,22 +109,28 @@ def prepare_auxiliary(
     qualities = [q and asdict(q) for q in (before, after)]
     save_state(kept, {"key": key, "weights": auxiliary.state(), "quality": qualities})
     unfinished.unlink(missing_ok=True)
+    _warn_if_poor(after)
     return Preparation(auxiliary, before, after, cached)
 
 
-def handed_out(fabric: Fabric, server: ServerModule, kept: Path) -> Preparation:
+def handed_out(
+    fabric: Fabric, server: ServerModule, data: FederatedDataModule, kept: Path
+) -> Preparation:
     """Rebuild the auxiliary model that a run gave its clients.
 
     Args:
         fabric: Where it will run.
         server: With its model loaded; of the settings that the run had.
+        data: Set up; what a trimmed vocabulary was counted on.
         kept: The run's own file of the auxiliary model.
 
     Raises:
         ValueError: If there is no such file, or it belongs to another `model.auxiliary`.
     """
     check_handed_out(kept)
-    auxiliary = server.auxiliary_recipe.build(server.require_model()[0])
+    backbone = server.require_model()[0]
+    counts = data.token_counts(backbone.vocab_size)
+    auxiliary = server.auxiliary_recipe.build(backbone, counts)
     fabric.to_device(auxiliary)
     state: Any = load_state(kept)
     auxiliary.load(state["weights"])
@@ -138,18 +151,35 @@ def check_handed_out(kept: Path) -> None:
         )
 
 
-def _key(server: ServerModule, data: FederatedDataModule, trainer: Any) -> str:
+def _key(
+    server: ServerModule, auxiliary: Auxiliary, data: FederatedDataModule, trainer: Any
+) -> str:
     """Hash all that makes the auxiliary model, so that none of another making is taken for it."""
-    recipe, batching = server.auxiliary_recipe, data.batching
-    facts = {
-        "recipe": [type(recipe).__qualname__, vars(recipe)],
+    batching, vocabulary = data.batching, auxiliary.backbone.vocabulary
+    backbone, prompt = server.require_model()
+    facts: dict[str, Any] = {
+        "recipe": _describe(server.auxiliary_recipe),
+        "kept": None if vocabulary is None else vocabulary.kept.tolist(),
         "public": data.fingerprint("public") if data.num_examples("public") else None,
         "batches": [data.seed, batching.batch_size, batching.length_grouping],
         "seed": trainer.seed,
         "precision": trainer.precision,
     }
     spec = server.initial_distillation or Distillation(Stage(steps=0))
-    return cache_key(server.require_model()[0], spec, facts)
+    if spec.prompts is not None:
+        facts["initial_prompt"] = prompt.prefix().cpu().numpy().tobytes().hex()
+        facts["server"] = data.fingerprint("server") if data.num_examples("server") else None
+        facts["training"] = describe_stage(server.training_stage)
+    return cache_key(backbone, spec, facts)
+
+
+def _describe(recipe: AuxiliaryRecipe) -> list[Any]:
+    """Return a recipe as plain data, those that it wraps included."""
+    settings = {
+        name: _describe(value) if isinstance(value, AuxiliaryRecipe) else value
+        for name, value in vars(recipe).items()
+    }
+    return [type(recipe).__qualname__, settings]
 
 
 def _read(path: Path, key: str) -> Any:
@@ -203,8 +233,12 @@ def _teach(
     key: str,
 ) -> None:
     """Distil in parts, each safe on disk before the next, so that a killed run goes on there."""
-    assert server.initial_distillation is not None
-    stage = server.initial_distillation.stage
+    spec = server.initial_distillation
+    assert spec is not None
+    stage = spec.stage
+    prompts: list[Tensor] = []
+    if spec.prompts is not None:
+        prompts = fill_pool(fabric, server, data, spec.prompts, trainer.seed)
     trainer.call("on_distillation_start", stage.steps)
     accumulate = stage.accumulate_grad_batches
     optimization = Optimization(*stage.build(auxiliary.trainable().values(), stage.steps))
@@ -228,11 +262,49 @@ def _teach(
             optimization,
             batches,
             seed=trainer.seed,
+            prompts=prompts,
             on_step=on_step,
         )
         if done + steps < stage.steps:
             state = {"weights": auxiliary.state(), "optimization": optimization.state_dict()}
             save_state(unfinished, {"key": key, **state})
+
+
+def fill_pool(
+    fabric: Fabric, server: ServerModule, data: FederatedDataModule, spec: PromptPool, seed: int
+) -> list[Tensor]:
+    """Make the prompts of the distillation; the server's own prompt stays as it is.
+
+    Args:
+        fabric: Where to run.
+        server: With its model loaded and its prompt initialised.
+        data: Gives the server's batches and the public texts.
+        spec: How many of each.
+        seed: The run's seed.
+
+    Returns:
+        The initial prompt, then one a round of the server's training, then one a text; each
+        [L, 2, K, P, D] on the server's device.
+    """
+    backbone, prompt = server.require_model()
+    pool = [prompt.prefix()]
+    stage = server.training_stage
+    if data.num_examples("server") and stage.steps:
+        twin = server.twin()
+        fabric.to_device(twin)
+        own = twin.require_model()[1]
+        optimization = Optimization(*stage.build(own.parameters(), stage.steps * spec.rounds))
+        for round_idx in range(spec.rounds):
+            batches = data.server_dataloader(
+                start_step=optimization.batches, num_steps=stage.batches
+            )
+            train_server(fabric, twin, optimization, batches, seed=seed, round_idx=round_idx)
+            pool.append(own.prefix())
+    for batch in islice(data.public_dataloader(start_step=0, num_steps=spec.texts), spec.texts):
+        ids = batch["input_ids"][0][batch["attention_mask"][0].bool()]
+        places = torch.arange(prompt.num_virtual_tokens) % len(ids)
+        pool.append(backbone.keys_values(ids[places][None].to(prompt.prefix().device)))
+    return pool
 
 
 def _measure(
@@ -246,8 +318,22 @@ def _measure(
     else:
         return None
     batches = (fabric.to_device(batch) for batch in islice(loader, QUALITY_BATCHES))
+    backbone, prompt = server.require_model()
     with fabric.autocast():
-        return measure_quality(server.require_model()[0], auxiliary.backbone, batches)
+        return measure_quality(
+            backbone, auxiliary.backbone, batches, prompt.prefix(), auxiliary.slots
+        )
+
+
+def _warn_if_poor(quality: Quality | None) -> None:
+    if quality is not None and quality.is_poor:
+        warnings.warn(
+            "The auxiliary model is too poor to be useful: its prompt gradients have a cosine of "
+            f"{quality.alignment:.2f} with the global model's, below {POOR_ALIGNMENT}, so prompts "
+            "tuned on it will hardly help. Raise `model.initial_distillation.stage.steps`, or "
+            "choose a larger `model.auxiliary`; see docs/what-makes-it-work.md.",
+            stacklevel=3,
+        )
 
 
 def _qualities(state: Any) -> tuple[Quality | None, Quality | None]:

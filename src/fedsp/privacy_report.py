@@ -155,7 +155,7 @@ def measure_privacy(trainer: Any) -> dict[str, Any]:
             "The model-privacy report compares a soft prompt on the global model with the same on "
             "the clients' model; `model.tuned_weights` and `model.deploy_auxiliary` tune another."
         )
-    made = handed_out(trainer.fabric, trainer.server, trainer.folder.auxiliary)
+    made = handed_out(trainer.fabric, trainer.server, trainer.data, trainer.folder.auxiliary)
     auxiliary, prefix = made.auxiliary, prompt.prefix().detach()
     sides = {
         "global_prompt": (backbone, prefix),

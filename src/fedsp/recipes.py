@@ -1,6 +1,6 @@
 """Client models of the methods that FedSP is compared with; those of FedSP are in `auxiliary`."""
 
-from torch import nn
+from torch import Tensor, nn
 
 from fedsp.auxiliary import Auxiliary, AuxiliaryRecipe
 from fedsp.backbone import Backbone
@@ -107,9 +107,9 @@ class OffsiteTuning(AuxiliaryRecipe):
         spread = [outer + (2 * idx + 1) * middle // (2 * inner) for idx in range(inner)]
         return [*range(outer), *spread, *range(num_layers - outer, num_layers)]
 
-    def build(self, backbone: Backbone) -> Auxiliary:
+    def build(self, backbone: Backbone, token_counts: Tensor | None = None) -> Auxiliary:
         """Derive the model with its adapters out of reach of the distillation."""
-        auxiliary = super().build(backbone)
+        auxiliary = super().build(backbone, token_counts)
         layers, outer = auxiliary.backbone.layers, self.num_adapter_layers
         adapters = [*layers[:outer], *layers[len(layers) - outer :]]
         auxiliary.leave_out([p for layer in adapters for p in layer.parameters()])

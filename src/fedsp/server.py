@@ -188,8 +188,7 @@ class ServerModule(LightningModule):
         sources = list(range(self.require_model()[0].kv_shape.num_layers))
         if self.deploy_auxiliary and auxiliary is not None:
             # a copy of its own: the clients train theirs
-            self._deployed = self.auxiliary_recipe.build(self.require_model()[0]).to(self.device)
-            self._deployed.load(auxiliary.state())
+            self._deployed = auxiliary.duplicate()
             sources = list(auxiliary.sources)
         if self.tuned_weights is not None:
             deployed = self.require_deployed()

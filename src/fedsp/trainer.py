@@ -510,7 +510,8 @@ class FederatedTrainer:
     def _load(self, payload: Payload | None) -> None:
         auxiliary = None
         if self.server.deploy_auxiliary:
-            auxiliary = handed_out(self.fabric, self.server, self.folder.auxiliary).auxiliary
+            made = handed_out(self.fabric, self.server, self.data, self.folder.auxiliary)
+            auxiliary = made.auxiliary
         self.server.start_tuning(auxiliary)
         if payload is not None:
             self.server.load_payload(payload)

@@ -1,0 +1,149 @@
+"""Auxiliary models made smaller: fewer embeddings, projections of low rank.
+
+Each recipe here wraps another one and shrinks what that one builds; nothing is trained here.
+
+Axis letters: V vocabulary, r rank.
+"""
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
+
+from fedsp.auxiliary import Auxiliary, AuxiliaryRecipe
+from fedsp.backbone import Backbone
+from fedsp.vocabulary import trim
+
+
+class _Wrapper(AuxiliaryRecipe):
+    """A recipe that changes what another one builds: the layers are the other's."""
+
+    def __init__(self, recipe: AuxiliaryRecipe) -> None:
+        super().__init__(recipe.train_embeddings)
+        self.recipe = recipe
+
+    def sources(self, num_layers: int) -> list[int]:
+        """Return the wrapped recipe's; see `AuxiliaryRecipe.sources`."""
+        return self.recipe.sources(num_layers)
+
+    def slots(self, num_layers: int) -> list[list[int]]:
+        """Return the wrapped recipe's; see `AuxiliaryRecipe.slots`."""
+        return self.recipe.slots(num_layers)
+
+
+class TrimmedVocabulary(_Wrapper):
+    """Embeddings and head of the most frequent tokens only, counted on server and public data.
+
+    Other tokens are read as the most similar kept one and are never predicted: where one is the
+    label, the auxiliary model has no loss.
+    """
+
+    def __init__(self, recipe: AuxiliaryRecipe, num_tokens: int) -> None:
+        """Choose how many tokens are kept.
+
+        Args:
+            recipe: Makes the model whose vocabulary is trimmed.
+            num_tokens: Tokens kept, at least 2; all of them where the model has no more.
+
+        Raises:
+            ValueError: If `num_tokens` is below 2.
+        """
+        super().__init__(recipe)
+        if num_tokens < 2:
+            raise ValueError(
+                f"`model.auxiliary.num_tokens` must be at least 2, got {num_tokens}: with one "
+                "token there is nothing to predict."
+            )
+        self.num_tokens = num_tokens
+
+    def build(self, backbone: Backbone, token_counts: Tensor | None = None) -> Auxiliary:
+        """Build the wrapped recipe's model and cut its tables; see `AuxiliaryRecipe.build`.
+
+        Raises:
+            ValueError: If there is nothing to count the tokens on.
+        """
+        if token_counts is None or not token_counts.any():
+            raise ValueError(
+                "`model.auxiliary` TrimmedVocabulary counts tokens on the server's and the public "
+                "data, but `data.server` and `data.public` are null. Give one of them."
+            )
+        auxiliary = self.recipe.build(backbone, token_counts)
+        model = auxiliary.backbone.model
+        full: Any = backbone.model.get_input_embeddings()
+        vocabulary = trim(full.weight, token_counts, self.num_tokens)
+        table: Any = model.get_input_embeddings()
+        head: Any = model.get_output_embeddings()
+        tied = head.weight is table.weight
+        kept = vocabulary.kept
+        table.weight = _rows(table.weight, kept)
+        table.num_embeddings, table.padding_idx = len(kept), None
+        head.weight = table.weight if tied else _rows(head.weight, kept)
+        head.out_features = len(kept)
+        if head.bias is not None:
+            head.bias = _rows(head.bias, kept)
+        text = model.config.get_text_config()
+        text.vocab_size = len(kept)
+        return auxiliary.rebuilt(Backbone(model, backbone.spec, vocabulary))
+
+
+class LowRank(_Wrapper):
+    """Every projection of every layer as a product of two thin matrices, from its SVD.
+
+    It keeps the depth, and with it every slot of the prompt, at a fraction of the parameters.
+    """
+
+    def __init__(self, recipe: AuxiliaryRecipe, rank: int) -> None:
+        """Choose the rank.
+
+        Args:
+            recipe: Makes the model whose layers are factorised, such as `KeptLayers` of all layers.
+            rank: r, at least 1; a projection that this would not make smaller stays as it is.
+
+        Raises:
+            ValueError: If `rank` is below 1.
+        """
+        super().__init__(recipe)
+        if rank < 1:
+            raise ValueError(f"`model.auxiliary.rank` must be at least 1, got {rank}.")
+        self.rank = rank
+
+    def build(self, backbone: Backbone, token_counts: Tensor | None = None) -> Auxiliary:
+        """Build the wrapped recipe's model and factorise it; see `AuxiliaryRecipe.build`."""
+        auxiliary = self.recipe.build(backbone, token_counts)
+        layers = auxiliary.backbone.layers
+        # One new module for each old one: what repetitions of a layer share stays shared.
+        thin = {
+            module: _Factorised(module, self.rank)
+            for module in layers.modules()
+            if isinstance(module, nn.Linear | Conv1D)
+            and self.rank * sum(module.weight.shape) < module.weight.numel()
+        }
+        for parent in list(layers.modules()):
+            for name, child in list(parent.named_children()):
+                if child in thin:
+                    setattr(parent, name, thin[child])
+        return auxiliary.rebuilt(auxiliary.backbone)
+
+
+class _Factorised(nn.Module):
+    """A linear map of rank r, with the bias of the one that it stands for."""
+
+    def __init__(self, full: nn.Linear | Conv1D, rank: int) -> None:
+        super().__init__()
+        # GPT-2's Conv1D holds its weight the other way round
+        weight = full.weight if isinstance(full, nn.Linear) else full.weight.T
+        left, sizes, right = torch.linalg.svd(weight.detach().float(), full_matrices=False)
+        root = sizes[:rank].sqrt()
+        self.down = nn.Parameter((root[:, None] * right[:rank]).contiguous())
+        self.up = nn.Parameter((left[:, :rank] * root).contiguous())
+        self.bias = full.bias
+
+    def forward(self, inputs: Tensor) -> Tensor:
+        """Map [..., in] to [..., out]."""
+        return nn.functional.linear(nn.functional.linear(inputs, self.down), self.up, self.bias)
+
+
+def _rows(weight: Tensor, kept: Tensor) -> nn.Parameter:
+    rows = weight.detach()[kept].clone()
+    return nn.Parameter(rows, requires_grad=weight.requires_grad)

@@ -1,0 +1,129 @@
+"""Smaller auxiliary models against the full ones: equal where nothing is lost, counted by hand."""
+
+import pytest
+import torch
+from torch import Tensor
+
+from families import FAMILIES, random_prefix, tiny_backbone
+from fedsp.auxiliary import AuxiliaryRecipe, KeptLayers, SharedCell
+from fedsp.backbone import Backbone
+from fedsp.compression import LowRank, TrimmedVocabulary
+from fedsp.vocabulary import trim
+
+P = 5
+EVERY_FAMILY = pytest.mark.parametrize("family", FAMILIES)
+
+
+def counts(backbone: Backbone, kept: range) -> Tensor:
+    result = torch.zeros(backbone.vocab_size, dtype=torch.long)
+    result[list(kept)] = 3
+    return result
+
+
+def text(tokens: range, rows: int = 2, length: int = 9) -> dict[str, Tensor]:
+    generator = torch.Generator().manual_seed(0)
+    ids = torch.randint(tokens.start, tokens.stop, (rows, length), generator=generator)
+    labels = ids.clone()
+    labels[:, :3] = -100
+    return {"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": labels}
+
+
+@EVERY_FAMILY
+@pytest.mark.parametrize("train_embeddings", [False, True])
+def test_on_kept_tokens_it_is_the_full_model_and_scores_only_them(
+    family: str, train_embeddings: bool
+) -> None:
+    backbone = tiny_backbone(family)
+    full = KeptLayers(num_layers=4, train_embeddings=train_embeddings)
+    small = TrimmedVocabulary(full, 20).build(backbone, counts(backbone, range(5, 25)))
+    batch, prefix = text(range(5, 25)), random_prefix(backbone, P)
+    got, targets, _ = small.backbone.label_logits(batch, prefix)
+    expected, ids, _ = backbone.label_logits(batch, prefix)
+    assert (got - expected[:, 5:25]).abs().max() < 1e-5
+    assert torch.equal(targets, ids - 5)
+    table = small.backbone.model.get_input_embeddings().weight
+    assert any(table is p for p in small.trainable().values()) == train_embeddings
+
+
+def test_the_summary_and_the_handout_count_what_is_left() -> None:
+    backbone = tiny_backbone("llama")
+    whole = KeptLayers(num_layers=4).build(backbone)
+    small = TrimmedVocabulary(KeptLayers(num_layers=4), 20).build(
+        backbone, counts(backbone, range(5, 25))
+    )
+    width, vocab = backbone.hidden_size, backbone.vocab_size
+    tables = 1 + (whole.summary()["head"] > 0)
+    assert whole.num_parameters() - small.num_parameters() == tables * (vocab - 20) * width
+    handout = small.handout()
+    assert handout["vocabulary.kept"].tolist() == list(range(5, 25))
+    assert handout["vocabulary.row_of"].shape == (vocab,)
+    assert backbone.model.get_input_embeddings().weight.shape == (vocab, width)
+
+
+def test_an_unknown_token_is_read_as_its_neighbour_and_never_predicted() -> None:
+    backbone = tiny_backbone("gpt2")
+    with torch.no_grad():
+        table = backbone.model.get_input_embeddings().weight
+        table[30] = 1.7 * table[7]
+    small = TrimmedVocabulary(KeptLayers(num_layers=4), 20).build(
+        backbone, counts(backbone, range(5, 25))
+    )
+    batch = text(range(5, 25))
+    batch["input_ids"][0, 4], batch["labels"][0, 5] = 30, 31
+    like = {**batch, "input_ids": batch["input_ids"].clone()}
+    like["input_ids"][0, 4] = 7
+    logits, targets, rows = small.backbone.label_logits(batch)
+    assert torch.equal(logits, small.backbone.label_logits(like)[0])
+    assert len(targets) == len(rows) == 2 * 6 - 1
+
+
+def test_the_most_frequent_tokens_are_kept() -> None:
+    embeddings = torch.eye(6)
+    vocabulary = trim(embeddings, torch.tensor([0, 5, 2, 9, 2, 0]), 3)
+    assert vocabulary.kept.tolist() == [1, 2, 3]
+    assert vocabulary.rows(torch.tensor([1, 2, 3])).tolist() == [0, 1, 2]
+    everything = trim(embeddings, torch.ones(6), 99)
+    assert everything.kept.tolist() == list(range(6))
+
+
+@EVERY_FAMILY
+@pytest.mark.parametrize("recipe", [KeptLayers(num_layers=3), SharedCell(cell_size=2)])
+def test_low_rank_is_the_truncated_svd_of_every_projection(
+    family: str, recipe: AuxiliaryRecipe
+) -> None:
+    """Against the full model with numpy's best approximations written into its weights."""
+    backbone = tiny_backbone(family)
+    thin, truth = LowRank(recipe, 2).build(backbone), recipe.build(backbone)
+    changed = set()
+    for module in truth.backbone.layers.modules():
+        weight = getattr(module, "weight", None)
+        if weight is None or weight.dim() != 2 or weight in changed:
+            continue
+        if 2 * sum(weight.shape) < weight.numel():
+            left, sizes, right = torch.linalg.svd(weight.detach().double())
+            best = left[:, :2] @ torch.diag(sizes[:2]) @ right[:2]
+            weight.data = best.float()
+            changed.add(weight)
+    assert changed
+    batch, prefix = text(range(5, 25)), random_prefix(backbone, P)[list(truth.layer_map)]
+    got, expected = (it.backbone.label_logits(batch, prefix)[0] for it in (thin, truth))
+    assert (got - expected).abs().max() < 1e-3 * expected.abs().max()
+    assert thin.num_parameters() < truth.num_parameters()
+
+
+def test_low_rank_keeps_sharing_and_what_it_would_not_shrink() -> None:
+    backbone = tiny_backbone("gpt2")
+    shared = LowRank(SharedCell(), 2).build(backbone)
+    kept = LowRank(KeptLayers(num_layers=1), 2).build(backbone)
+    assert shared.num_parameters() == kept.num_parameters()
+    same = LowRank(SharedCell(), 10_000).build(backbone)
+    assert same.num_parameters() == SharedCell().build(backbone).num_parameters()
+
+
+def test_what_makes_no_model_is_refused() -> None:
+    with pytest.raises(ValueError, match=r"`model.auxiliary.num_tokens` must be at least 2"):
+        TrimmedVocabulary(SharedCell(), 1)
+    with pytest.raises(ValueError, match=r"`model.auxiliary.rank` must be at least 1"):
+        LowRank(SharedCell(), 0)
+    with pytest.raises(ValueError, match=r"`data.server` and `data.public` are null"):
+        TrimmedVocabulary(SharedCell(), 5).build(tiny_backbone("gpt2"))
