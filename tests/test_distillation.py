@@ -178,7 +178,7 @@ def test_a_prompt_of_a_texts_keys_and_values_is_as_good_as_the_text(
     rest = {name: tensor[:, 5:] for name, tensor in whole.items()}
     settings = spec(hidden_weight=0.0, lm_weight=1.0)
     prefix = teacher.keys_values(ids[:, :5])
-    got = settings.loss(teacher, twin, rest, torch.Generator(), prefix, range(4))
+    got = settings.loss(teacher, twin, rest, torch.Generator(), prefix, [[0], [1], [2], [3]])
     expected = settings.loss(teacher, twin, whole, torch.Generator())
     assert torch.allclose(got, expected, rtol=1e-4)
     assert not torch.allclose(
@@ -194,7 +194,7 @@ def test_a_student_reads_the_slots_of_its_own_layers(batch: dict[str, Tensor]) -
     changed[[0, 2]] += 1
     settings = spec(hidden_weight=0.0, lm_weight=1.0)
     losses = [
-        settings.loss(teacher, student.backbone, batch, torch.Generator(), it, student.layer_map)
+        settings.loss(teacher, student.backbone, batch, torch.Generator(), it, student.slots)
         for it in (prefix, changed)
     ]
     assert torch.equal(*losses)
@@ -206,11 +206,15 @@ def test_the_gradient_error_is_zero_beside_itself_and_can_be_learned(
     settings = spec(hidden_weight=0.0, gradient_weight=1.0, prompts=PromptPool())
     prefix = random_prefix(teacher)
     twin = SharedCell(cell_size=4).build(teacher).backbone
-    assert settings.loss(teacher, twin, batch, torch.Generator(), prefix, range(4)) < 1e-5
+    assert (
+        settings.loss(teacher, twin, batch, torch.Generator(), prefix, [[0], [1], [2], [3]]) < 1e-5
+    )
     optimizer = torch.optim.Adam(student.model.parameters(), lr=3e-3)
     errors = []
     for _ in range(30):
-        error = settings.loss(teacher, student, batch, torch.Generator(), prefix, range(4))
+        error = settings.loss(
+            teacher, student, batch, torch.Generator(), prefix, [[0], [1], [2], [3]]
+        )
         optimizer.zero_grad()
         error.backward()
         optimizer.step()

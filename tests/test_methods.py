@@ -132,7 +132,7 @@ def test_an_exported_lora_gives_the_same_loss_in_peft(tmp_path: Path) -> None:
     }
     delivered.load_state_dict(untouched)
     model = peft.PeftModel.from_pretrained(delivered, folder / "adapter").eval()
-    batch = next(iter(data.test_dataloader()))
+    batch = next(iter(data.server_dataloader(start_step=0, num_steps=1)))
     with torch.no_grad():
         logits = model(batch["input_ids"], attention_mask=batch["attention_mask"]).logits
         ours = server.backbone.label_logits(batch)[0]

@@ -11,6 +11,7 @@ from fedsp.quality import measure_quality, prompt_gradient
 from oracles import closed_forms
 
 P = 5
+ALL_SLOTS = [[0], [1], [2], [3]]
 
 
 @pytest.fixture
@@ -28,7 +29,7 @@ def batch() -> dict[str, Tensor]:
 
 def test_a_model_is_perfect_beside_itself(teacher: Backbone, batch: dict[str, Tensor]) -> None:
     twin = SharedCell(cell_size=4).build(teacher).backbone
-    quality = measure_quality(teacher, twin, [batch], random_prefix(teacher, P), range(4))
+    quality = measure_quality(teacher, twin, [batch], random_prefix(teacher, P), ALL_SLOTS)
     assert quality.hidden_error == 0.0
     assert quality.divergence == pytest.approx(0.0, abs=1e-6)
     assert quality.prompted_divergence == pytest.approx(0.0, abs=1e-6)
@@ -42,7 +43,9 @@ def test_quality_is_the_mean_over_the_tokens_of_all_batches(
     """Batches of different sizes weigh by their tokens and label tokens."""
     student = SharedCell().build(teacher).backbone
     small = {name: tensor[:1, :6] for name, tensor in batch.items()}
-    quality = measure_quality(teacher, student, [batch, small], random_prefix(teacher, P), range(4))
+    quality = measure_quality(
+        teacher, student, [batch, small], random_prefix(teacher, P), ALL_SLOTS
+    )
     terms = [closed_forms(teacher, student, part) for part in (batch, small)]
     tokens = [int(part["attention_mask"].sum()) for part in (batch, small)]
     labels = [int((part["labels"][:, 1:] != -100).sum()) for part in (batch, small)]
@@ -60,7 +63,7 @@ def test_without_a_prompt_there_is_no_alignment(
     teacher: Backbone, batch: dict[str, Tensor]
 ) -> None:
     student = SharedCell().build(teacher).backbone
-    quality = measure_quality(teacher, student, [batch], random_prefix(teacher, 0), range(4))
+    quality = measure_quality(teacher, student, [batch], random_prefix(teacher, 0), ALL_SLOTS)
     assert quality.alignment is None
     assert quality.prompted_divergence == pytest.approx(quality.divergence)
 
@@ -88,7 +91,7 @@ def test_alignment_counts_the_slots_that_the_student_lacks(
     """It is the cosine over the whole prompt, with zeros where the student has no layer."""
     student = KeptLayers(layers=[0, 3]).build(teacher)
     prefix = random_prefix(teacher, P)
-    quality = measure_quality(teacher, student.backbone, [batch], prefix, student.layer_map)
+    quality = measure_quality(teacher, student.backbone, [batch], prefix, student.slots)
     wanted = prompt_gradient(teacher, batch, prefix)
     own = prompt_gradient(student.backbone, batch, prefix[[0, 3]])
     dot = sum((wanted[at] * own[idx]).sum() for idx, at in enumerate((0, 3)))
