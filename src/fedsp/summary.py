@@ -112,6 +112,7 @@ def quality_rows(preparation: Any) -> Rows:
         "KL to global": "divergence",
         "KL with prompt": "prompted_divergence",
         "alignment": "alignment",
+        "transfer": "transfer",
     }
     rows = []
     for label, name in names.items():
