@@ -93,7 +93,7 @@ def test_low_rank_is_the_truncated_svd_of_every_projection(
 ) -> None:
     """Against the full model with numpy's best approximations written into its weights."""
     backbone = tiny_backbone(family)
-    thin, truth = LowRank(recipe, 2).build(backbone), recipe.build(backbone)
+    thin, truth = LowRank(2, recipe).build(backbone), recipe.build(backbone)
     changed = set()
     for module in truth.backbone.layers.modules():
         weight = getattr(module, "weight", None)
@@ -116,10 +116,12 @@ def test_low_rank_is_the_truncated_svd_of_every_projection(
 
 def test_low_rank_keeps_sharing_and_what_it_would_not_shrink() -> None:
     backbone = tiny_backbone("gpt2")
-    shared = LowRank(SharedCell(), 2).build(backbone)
-    kept = LowRank(KeptLayers(num_layers=1), 2).build(backbone)
+    shared = LowRank(2, SharedCell()).build(backbone)
+    kept = LowRank(2, KeptLayers(num_layers=1)).build(backbone)
     assert shared.num_parameters() == kept.num_parameters()
-    same = LowRank(SharedCell(), 10_000).build(backbone)
+    every = LowRank(2).build(backbone)
+    assert every.layer_map == (0, 1, 2, 3)
+    same = LowRank(10_000, SharedCell()).build(backbone)
     assert same.num_parameters() == SharedCell().build(backbone).num_parameters()
 
 
@@ -127,6 +129,6 @@ def test_what_makes_no_model_is_refused() -> None:
     with pytest.raises(ValueError, match=r"`model.auxiliary.num_tokens` must be at least 2"):
         TrimmedVocabulary(SharedCell(), 1)
     with pytest.raises(ValueError, match=r"`model.auxiliary.rank` must be at least 1"):
-        LowRank(SharedCell(), 0)
+        LowRank(0, SharedCell())
     with pytest.raises(ValueError, match=r"`data.server` and `data.public` are null"):
         TrimmedVocabulary(SharedCell(), 5).build(tiny_backbone("gpt2"))

@@ -565,7 +565,7 @@ def test_a_wrapped_recipe_is_told_apart_by_its_settings(tmp_path: Path) -> None:
     distillation = Distillation(STAGE, cache_dir=str(tmp_path / "models"))
     owners = [Owner() for _ in range(3)]
     for index, rank in enumerate((2, 3, 2)):
-        recipe = LowRank(KeptLayers(num_layers=4), rank)
+        recipe = LowRank(rank, KeptLayers(num_layers=4))
         prepare(tmp_path, f"run{index}", distillation, owners[index], auxiliary=recipe)
     assert [owner.steps for owner in owners] == [20, 20, 0]
 

@@ -32,6 +32,14 @@ class _Wrapper(AuxiliaryRecipe):
         return self.recipe.slots(num_layers)
 
 
+class _EveryLayer(AuxiliaryRecipe):
+    def sources(self, num_layers: int) -> list[int]:
+        return list(range(num_layers))
+
+    def slots(self, num_layers: int) -> list[int]:
+        return list(range(num_layers))
+
+
 class TrimmedVocabulary(_Wrapper):
     """Embeddings and head of the most frequent tokens only, counted on server and public data.
 
@@ -93,17 +101,17 @@ class LowRank(_Wrapper):
     It keeps the depth, and with it every slot of the prompt, at a fraction of the parameters.
     """
 
-    def __init__(self, recipe: AuxiliaryRecipe, rank: int) -> None:
+    def __init__(self, rank: int, recipe: AuxiliaryRecipe | None = None) -> None:
         """Choose the rank.
 
         Args:
-            recipe: Makes the model whose layers are factorised, such as `KeptLayers` of all layers.
+            recipe: Makes the model whose layers are factorised; null keeps every layer.
             rank: r, at least 1; a projection that this would not make smaller stays as it is.
 
         Raises:
             ValueError: If `rank` is below 1.
         """
-        super().__init__(recipe)
+        super().__init__(recipe or _EveryLayer())
         if rank < 1:
             raise ValueError(f"`model.auxiliary.rank` must be at least 1, got {rank}.")
         self.rank = rank
