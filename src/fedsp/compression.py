@@ -36,9 +36,6 @@ class _EveryLayer(AuxiliaryRecipe):
     def sources(self, num_layers: int) -> list[int]:
         return list(range(num_layers))
 
-    def slots(self, num_layers: int) -> list[int]:
-        return list(range(num_layers))
-
 
 class TrimmedVocabulary(_Wrapper):
     """Embeddings and head of the most frequent tokens only, counted on server and public data.
