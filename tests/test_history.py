@@ -86,3 +86,19 @@ def test_exact_match_cannot_be_monitored_where_nothing_is_written() -> None:
         Evaluation(monitor="server/val_f1", mode="max")
     with pytest.raises(ValueError, match=r"generate_tokens` must be at least 0, got -1"):
         Evaluation(generate_tokens=-1)
+
+
+@pytest.mark.parametrize(
+    ("monitor", "lower"),
+    [
+        ("server/val_loss", True),
+        ("server/val_perplexity", True),
+        ("server/val_accuracy", False),
+        ("server/val_accuracy_norm", False),
+        ("server/val_exact_match", False),
+        ("server/val_f1", False),
+    ],
+)
+def test_without_a_mode_the_metric_says_which_way_is_better(monitor: str, lower: bool) -> None:
+    assert Evaluation(monitor=monitor, generate_tokens=8).lower_is_better is lower
+    assert Evaluation(monitor=monitor, mode="max", generate_tokens=8).lower_is_better is False

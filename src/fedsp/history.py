@@ -23,7 +23,7 @@ class Evaluation:
         every_n_rounds: Rounds between evaluations, at least 1; the last round is always evaluated.
         monitor: Metric that picks the best round, such as `server/val_loss` or
             `server/val_accuracy`.
-        mode: `min` where lower is better, `max` where higher is.
+        mode: `min` where lower is better, `max` where higher is; null takes what suits the metric.
         patience: Evaluations without a better value before the run stops; null never stops early.
         generate_tokens: Longest completion, in tokens, that is written after each prompt of the
             selection and the test split for exact match and F1; 0 leaves both out.
@@ -31,7 +31,7 @@ class Evaluation:
 
     every_n_rounds: int = 1
     monitor: str = "server/val_loss"
-    mode: Literal["min", "max"] = "min"
+    mode: Literal["min", "max"] | None = None
     patience: int | None = None
     generate_tokens: int = 0
 
@@ -65,6 +65,13 @@ class Evaluation:
             raise ValueError(
                 f"`trainer.evaluation.patience` must be at least 1 or null, got {self.patience}."
             )
+
+    @property
+    def lower_is_better(self) -> bool:
+        """Which of two values of the monitored metric is the better one."""
+        if self.mode is not None:
+            return self.mode == "min"
+        return self.monitor in ("server/val_loss", "server/val_perplexity")
 
 
 @dataclass(frozen=True)
@@ -131,7 +138,7 @@ class History:
                 f"`trainer.evaluation.monitor` must be one of {sorted(metrics)}, got {monitor!r}."
             )
         value = metrics[monitor]
-        sign = -1.0 if self.evaluation.mode == "min" else 1.0
+        sign = -1.0 if self.evaluation.lower_is_better else 1.0
         better = self.best is None or sign * value > sign * self.best.value
         if math.isfinite(value) and better:
             self.best = Best(round_idx, value, payload)

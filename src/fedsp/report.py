@@ -60,7 +60,7 @@ def selection_results(trainer: Any, initial: Metrics) -> dict[str, Metrics]:
         metrics for metrics in history.rounds if math.isfinite(metrics.get(monitor, math.nan))
     ]
     if measured:
-        choose = min if history.evaluation.mode == "min" else max
+        choose = min if history.evaluation.lower_is_better else max
         best = choose(measured, key=lambda metrics: metrics[monitor])
         found["server_only"] = _without_prefix(best, "baseline/val_")
     return found

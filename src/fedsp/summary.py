@@ -185,7 +185,7 @@ def traffic_rows(trainer: Any) -> Rows:
 def run_rows(trainer: Any) -> Rows:
     """Return how long the run is and what picks its best round."""
     evaluation = trainer.history.evaluation
-    direction = "lowest" if evaluation.mode == "min" else "highest"
+    direction = "lowest" if evaluation.lower_is_better else "highest"
     rounds = f"{trainer.num_rounds}, the best has the {direction} {evaluation.monitor}"
     if evaluation.every_n_rounds > 1:
         rounds += f", measured every {evaluation.every_n_rounds}"
