@@ -1,4 +1,4 @@
-"""Write a soft prompt as a peft `PREFIX_TUNING` adapter with a model card, and read it back.
+"""Write what was tuned for use outside: a soft prompt as a peft adapter with a model card.
 
 Axes: L layers, K key/value heads, P virtual tokens, D head size.
 """
@@ -14,6 +14,7 @@ from torch import Tensor
 
 from fedsp.backbone import Backbone
 from fedsp.pretrained import resolve
+from fedsp.server import ServerModule
 from fedsp.state_files import remove_temporary_files, write_bytes_atomically
 
 WEIGHTS = "adapter_model.safetensors"
@@ -71,6 +72,41 @@ def export_adapter(
     write_bytes_atomically(folder / WEIGHTS, data)
     (folder / "README.md").write_text(_card(base_model, num_tokens, results), encoding="utf-8")
     return folder
+
+
+def check_exportable(server: ServerModule) -> None:
+    """Refuse what was tuned on another model than the global one.
+
+    Raises:
+        ValueError: If it was.
+    """
+    if server.deploy_auxiliary:
+        raise ValueError(
+            "`model.deploy_auxiliary` tunes the auxiliary model, which peft cannot load: only what "
+            "was tuned on the global model can be exported."
+        )
+
+
+def export_tuned(server: ServerModule, folder: Path, results: dict[str, Any]) -> None:
+    """Write what a server has tuned: a prompt or LoRA as a peft adapter, other weights as they are.
+
+    Args:
+        server: With its model loaded.
+        folder: Created where missing; an adapter there is replaced.
+        results: What `results.json` holds, for the card.
+
+    Raises:
+        ValueError: As `export_adapter`.
+    """
+    backbone, prompt = server.require_model()
+    base_model = server.backbone_spec.name_or_path
+    if server.tuned_weights is not None:
+        folder.mkdir(parents=True, exist_ok=True)
+        server.tuned_weights.export(server.weights(), backbone, folder, base_model)
+        if not prompt.num_virtual_tokens:
+            return
+    figures = {name: value for name, value in results.items() if name in ("selection", "test")}
+    export_adapter(prompt.prefix(), backbone, folder, base_model=base_model, results=figures)
 
 
 def import_adapter(folder: Path) -> Tensor:

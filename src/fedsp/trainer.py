@@ -17,7 +17,7 @@ from fedsp.checkpoint import Checkpoints, RunState
 from fedsp.client import ClientModule
 from fedsp.data import FederatedDataModule
 from fedsp.evaluation import Subject, check_completions, measure_split, model_subject
-from fedsp.export import export_adapter
+from fedsp.export import check_exportable, export_tuned
 from fedsp.federation import Communication, Rules
 from fedsp.harness import Harness, find_tasks, run_harness, write_harness
 from fedsp.history import Evaluation, History
@@ -38,6 +38,7 @@ from fedsp.progress import RichProgress
 from fedsp.prompts import Prompts
 from fedsp.round_recorder import RoundRecorder
 from fedsp.run_folder import RunFolder
+from fedsp.run_state import capture, restore
 from fedsp.sampling import ClientSampler, UniformSampler
 from fedsp.server import ServerModule
 from fedsp.state_files import write_text_atomically
@@ -335,15 +336,12 @@ class FederatedTrainer:
                 initial prompt.
             output_dir: Folder of the adapter; null writes `adapter` in the run folder.
         """
-        if model.deploy_auxiliary:
-            raise ValueError(
-                "`model.deploy_auxiliary` tunes the auxiliary model, which peft cannot load: only "
-                "what was tuned on the global model can be exported."
-            )
+        check_exportable(model)
         self.load_run(model, datamodule, ckpt_path)
         measured = self.folder.results if ckpt_path == "best" else None
         results = json.loads(measured.read_text()) if measured and measured.exists() else {}
-        folder = self._export(results, Path(output_dir) if output_dir else self.folder.adapter)
+        folder = Path(output_dir) if output_dir else self.folder.adapter
+        export_tuned(model, folder, results)
         self.fabric.print(f"adapter: {folder}")
 
     def load_run(
@@ -351,10 +349,14 @@ class FederatedTrainer:
     ) -> None:
         """Load the global model with a run's prompt; of the data only tokenizer and limits."""
         payload = self._payload_of(ckpt_path)
-        self.server = model
-        launch(self.fabric, model)
+        if model.deploy_auxiliary:
+            # its vocabulary may be counted on the data
+            self._launch(model, datamodule, "predict")
+        else:
+            self.server = model
+            launch(self.fabric, model)
+            join_data(model, datamodule)
         self._load(payload)
-        join_data(model, datamodule)
 
     # --- what callbacks may use -------------------------------------------------------------------
 
@@ -401,7 +403,8 @@ class FederatedTrainer:
             self._measure_start()
             self._save()
         else:
-            self._restore(state.tree)
+            restore(self, state.tree)
+            self.tracker.replay(self.history.rounds)
 
     def _measure_start(self) -> None:
         """Measure the global model alone and the initial prompt, to compare with."""
@@ -431,23 +434,10 @@ class FederatedTrainer:
         write_text_atomically(self.folder.results, json.dumps(results, indent=2) + "\n")
         try:
             if self.server.is_exportable:
-                self._export(results, self.folder.adapter)
+                export_tuned(self.server, self.folder.adapter, results)
         except ValueError as error:  # a long training must not fail for the adapter's sake
             warnings.warn(f"no adapter is written: {error}", stacklevel=2)
         self.call("on_fit_end", results)
-
-    def _export(self, results: dict[str, Any], folder: Path) -> Path:
-        backbone, prompt = self.server.require_model()
-        base_model = self.server.backbone_spec.name_or_path
-        if self.server.tuned_weights is not None:
-            folder.mkdir(parents=True, exist_ok=True)
-            self.server.tuned_weights.export(self.server.weights(), backbone, folder, base_model)
-            if not prompt.num_virtual_tokens:
-                return folder
-        figures = {name: value for name, value in results.items() if name in ("selection", "test")}
-        return export_adapter(
-            prompt.prefix(), backbone, folder, base_model=base_model, results=figures
-        )
 
     def _measure_run(
         self, server: ServerModule, data: FederatedDataModule, split: str, ckpt_path: str | None
@@ -463,33 +453,10 @@ class FederatedTrainer:
     # --- checkpoints ------------------------------------------------------------------------------
 
     def _save(self) -> None:
-        tree = {
-            "federation": self.federation.state_dict(),
-            "history": self.history.state_dict(),
-            "precision": self.fabric.strategy.precision.state_dict(),
-            "callbacks": {name: it.state_dict() for name, it in self._named_callbacks().items()},
-        }
-        path = self.checkpoints.save(RunState(self.history.rounds_done, tree, self.config))
+        rounds_done = self.history.rounds_done
+        path = self.checkpoints.save(RunState(rounds_done, capture(self), self.config))
         self.federation.executor.commit()
         self.call("on_checkpoint_saved", path)
-
-    def _restore(self, tree: dict[str, Any]) -> None:
-        self.federation.load_state_dict(tree["federation"])
-        self.history.load_state_dict(tree["history"])
-        self.fabric.strategy.precision.load_state_dict(tree["precision"])
-        for name, callback in self._named_callbacks().items():
-            if name in tree["callbacks"]:
-                callback.load_state_dict(tree["callbacks"][name])
-        self.tracker.replay(self.history.rounds)
-
-    def _named_callbacks(self) -> dict[str, FederatedCallback]:
-        """Callbacks by class and place: a resumed run may have more or fewer of them."""
-        named: dict[str, FederatedCallback] = {}
-        for callback in self.callbacks:
-            name = type(callback).__qualname__
-            place = sum(other.split("#")[0] == name for other in named)
-            named[f"{name}#{place}"] = callback
-        return named
 
     def _resume_state(self, ckpt_path: str | None) -> RunState | None:
         if ckpt_path is None:
