@@ -213,7 +213,7 @@ def test_another_format_version_is_named_and_not_fallen_back_from(tmp_path, monk
         patch.setattr("fedsp.checkpoint.FORMAT_VERSION", 99)
         checkpoints.save(run_state(1))
     path = name if name == "last" else tmp_path / name
-    with pytest.raises(ValueError, match="format version 99, this fedsp reads version 1"):
+    with pytest.raises(ValueError, match="format version 99, this fedsp reads version 2"):
         checkpoints.load(path)
 
 
