@@ -104,7 +104,7 @@ def test_quality_stands_beside_the_global_model() -> None:
         "KL to global": "2.0000 -> 0.5000",
         "KL with prompt": "2.5000 -> 0.7500",
         "alignment": "0.1000 -> 0.8000",
-        "transfer": "-0.5000 -> 0.5000",
+        "transfer": "0.5000",
         "distilled": "found in the cache",
     }
 

@@ -100,7 +100,7 @@ def prepare_auxiliary(
         before, after = _qualities(state)
         _warn_if_poor(after)
         return Preparation(auxiliary, before, after, cached=True)
-    before = after = _measure(fabric, server, auxiliary, data)
+    before = _measure(fabric, server, auxiliary, data)
     cached = False
     unfinished = kept.with_suffix(".unfinished")
     spec = server.initial_distillation
@@ -111,8 +111,11 @@ def prepare_auxiliary(
             _teach(fabric, server, auxiliary, data, trainer, unfinished=unfinished, key=key)
             if artefact is not None:
                 _store(artefact, auxiliary)
-        # measured, not cached with the weights: the server's data may be another run's
-        after = _measure(fabric, server, auxiliary, data)
+    # measured, not cached with the weights: the server's data may be another run's
+    taught = spec is not None and spec.stage.steps > 0
+    after = _measure(fabric, server, auxiliary, data) if taught else before
+    after = after and replace(after, transfer=_transfer(fabric, server, auxiliary, data))
+    before = before if taught else after
     qualities = [q and asdict(q) for q in (before, after)]
     save_state(kept, {"key": key, "weights": auxiliary.state(), "quality": qualities})
     unfinished.unlink(missing_ok=True)
@@ -279,58 +282,50 @@ def fill_pool(
 def _measure(
     fabric: Fabric, server: ServerModule, auxiliary: Auxiliary, data: FederatedDataModule
 ) -> Quality | None:
-    """On the server's own data, which the distillation does not see; else on public data."""
-    if data.num_examples("server"):
-        make_loader = data.server_dataloader
-    elif data.num_examples("public"):
-        make_loader = data.public_dataloader
-    else:
+    batches = _quality_batches(fabric, data, QUALITY_BATCHES)
+    if not batches:
         return None
-    loader = make_loader(start_step=0, num_steps=QUALITY_BATCHES)
-    batches = [fabric.to_device(batch) for batch in islice(loader, QUALITY_BATCHES)]
     backbone, prompt = server.require_model()
     with fabric.autocast():
-        quality = measure_quality(
+        return measure_quality(
             backbone, auxiliary.backbone, batches, prompt.prefix(), auxiliary.layer_map
         )
-        stage = server.training_stage
-        if not prompt.prefix().numel() or not stage.steps:
-            return quality
-    steps = [
-        fabric.to_device(batch) for batch in make_loader(start_step=0, num_steps=stage.batches)
-    ]
-    return replace(quality, transfer=_transfer(fabric, server, auxiliary, steps, batches))
+
+
+def _quality_batches(
+    fabric: Fabric, data: FederatedDataModule, num_steps: int
+) -> list[dict[str, Tensor]]:
+    """Take the server's own data, which the distillation does not see; else public data."""
+    if data.num_examples("server"):
+        loader = data.server_dataloader(start_step=0, num_steps=num_steps)
+    elif data.num_examples("public"):
+        loader = data.public_dataloader(start_step=0, num_steps=num_steps)
+    else:
+        return []
+    return [fabric.to_device(batch) for batch in islice(loader, num_steps)]
 
 
 def _transfer(
-    fabric: Fabric,
-    server: ServerModule,
-    auxiliary: Auxiliary,
-    steps: list[dict[str, Tensor]],
-    batches: list[dict[str, Tensor]],
-) -> float:
+    fabric: Fabric, server: ServerModule, auxiliary: Auxiliary, data: FederatedDataModule
+) -> float | None:
     """Tune the initial prompt on either model for a round of the server's steps, and compare.
 
-    Args:
-        fabric: Where to run.
-        server: Gives model, initial prompt and the stage.
-        auxiliary: The other model.
-        steps: What is trained on.
-        batches: What the global model's loss is measured on.
-
     Returns:
-        The loss that the prompt tuned on the auxiliary model takes off, divided by what the prompt
-        tuned on the global model does.
+        The loss that the prompt tuned on the auxiliary model takes off the global model's, divided
+        by what the prompt tuned on the global model does; None where there is nothing to tune.
     """
     backbone, prompt = server.require_model()
-    initial = prompt.prefix()
+    initial, stage = prompt.prefix(), server.training_stage
+    if not initial.numel() or not stage.steps:
+        return None
+    steps = _quality_batches(fabric, data, stage.batches)
     own = gather_layers(initial, auxiliary.layer_map)
-    tuned = tune_prompt(fabric, auxiliary.backbone, own, server.training_stage, steps)
+    tuned = tune_prompt(fabric, auxiliary.backbone, own, stage, steps)
     carried = scatter_layers(tuned, auxiliary.layer_map, initial)
-    direct = tune_prompt(fabric, backbone, initial, server.training_stage, steps)
+    direct = tune_prompt(fabric, backbone, initial, stage, steps)
     with fabric.autocast():
         before, by_auxiliary, by_itself = (
-            mean_loss(backbone, batches, prefix) for prefix in (initial, carried, direct)
+            mean_loss(backbone, steps, prefix) for prefix in (initial, carried, direct)
         )
     # where tuning gains nothing there is nothing to compare with: a tiny gain keeps the sign
     return (before - by_auxiliary) / max(before - by_itself, 1e-6)
