@@ -159,7 +159,7 @@ class Study:
         return measured
 
 
-def run(study: Study, baseline: dict[str, Any] | None, *, alignments: bool) -> dict[str, Any]:
+def run(study: Study, baseline: dict[str, Any] | None, plan: dict[str, Any]) -> dict[str, Any]:
     """Make, measure and try one auxiliary model."""
     started = time.perf_counter()
     made = study.prepare()
@@ -167,7 +167,7 @@ def run(study: Study, baseline: dict[str, Any] | None, *, alignments: bool) -> d
     line: dict[str, Any] = {
         "share": made.auxiliary.summary()["share_of_global"],
         **(vars(made.after) if made.after is not None else {}),
-        **(study.alignments() if alignments else {}),
+        **(study.alignments() if plan.get("alignments", True) else {}),
     }
     line["server_only"] = baseline or study.federate(with_clients=False)
     line["fedsp"] = study.federate(with_clients=True)
@@ -196,12 +196,12 @@ def main(rows: Path, results: Path) -> None:
         of_data = " ".join(o for o in options if o.startswith(("--data", "--seed", "--config")))
         study = Study(options, plan["rounds"], read.get(of_data))
         read[of_data] = study.data
-        line = run(study, baselines.get(key), alignments=plan.get("alignments", True))
-        baselines[key] = line["server_only"]
+        line = run(study, baselines.get(key), plan)
         line = {"name": name, "options": row or "", "baseline": key, **line}
+        baselines[key] = line["server_only"]
         with results.open("a") as file:
             file.write(json.dumps(line) + "\n")
-        print(f"    worth {line['worth']:.4f}, {line['seconds']}", flush=True)
+        print(f"    worth {line['worth']:+.4f}", flush=True)
 
 
 if __name__ == "__main__":

@@ -1,7 +1,7 @@
 """Before the first round, once: the auxiliary model is derived, taught, measured and kept."""
 
 import warnings
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -13,18 +13,17 @@ from torch import Tensor
 from fedsp.auxiliary import Auxiliary, AuxiliaryRecipe
 from fedsp.data import FederatedDataModule
 from fedsp.distillation import Distillation, cache_key, describe_stage
-from fedsp.phases import Optimization, distill, train_server, tune_prompt
+from fedsp.phases import Optimization, distill, train_server
 from fedsp.prompt_pool import PromptPool
 from fedsp.quality import (
-    POOR_TRANSFER,
+    POOR_ALIGNMENT,
+    POOR_DIVERGENCE,
     QUALITY_BATCHES,
     Quality,
-    mean_loss,
     measure_quality,
 )
 from fedsp.run_folder import cache_folder
 from fedsp.server import ServerModule
-from fedsp.soft_prompt import gather_layers, scatter_layers
 from fedsp.stages import Stage
 from fedsp.state_files import load_state, save_state
 
@@ -100,7 +99,7 @@ def prepare_auxiliary(
         before, after = _qualities(state)
         _warn_if_poor(after)
         return Preparation(auxiliary, before, after, cached=True)
-    before = _measure(fabric, server, auxiliary, data)
+    before = after = _measure(fabric, server, auxiliary, data)
     cached = False
     unfinished = kept.with_suffix(".unfinished")
     spec = server.initial_distillation
@@ -111,11 +110,8 @@ def prepare_auxiliary(
             _teach(fabric, server, auxiliary, data, trainer, unfinished=unfinished, key=key)
             if artefact is not None:
                 _store(artefact, auxiliary)
-    # measured, not cached with the weights: the server's data may be another run's
-    taught = spec is not None and spec.stage.steps > 0
-    after = _measure(fabric, server, auxiliary, data) if taught else before
-    after = after and replace(after, transfer=_transfer(fabric, server, auxiliary, data))
-    before = before if taught else after
+        # measured, not cached with the weights: the server's data may be another run's
+        after = _measure(fabric, server, auxiliary, data)
     qualities = [q and asdict(q) for q in (before, after)]
     save_state(kept, {"key": key, "weights": auxiliary.state(), "quality": qualities})
     unfinished.unlink(missing_ok=True)
@@ -282,9 +278,14 @@ def fill_pool(
 def _measure(
     fabric: Fabric, server: ServerModule, auxiliary: Auxiliary, data: FederatedDataModule
 ) -> Quality | None:
-    batches = _quality_batches(fabric, data, QUALITY_BATCHES)
-    if not batches:
+    """On the server's own data, which the distillation does not see; else on public data."""
+    if data.num_examples("server"):
+        loader = data.server_dataloader(start_step=0, num_steps=QUALITY_BATCHES)
+    elif data.num_examples("public"):
+        loader = data.public_dataloader(start_step=0, num_steps=QUALITY_BATCHES)
+    else:
         return None
+    batches = (fabric.to_device(batch) for batch in islice(loader, QUALITY_BATCHES))
     backbone, prompt = server.require_model()
     with fabric.autocast():
         return measure_quality(
@@ -292,52 +293,16 @@ def _measure(
         )
 
 
-def _quality_batches(
-    fabric: Fabric, data: FederatedDataModule, num_steps: int
-) -> list[dict[str, Tensor]]:
-    """Take the server's own data, which the distillation does not see; else public data."""
-    if data.num_examples("server"):
-        loader = data.server_dataloader(start_step=0, num_steps=num_steps)
-    elif data.num_examples("public"):
-        loader = data.public_dataloader(start_step=0, num_steps=num_steps)
-    else:
-        return []
-    return [fabric.to_device(batch) for batch in islice(loader, num_steps)]
-
-
-def _transfer(
-    fabric: Fabric, server: ServerModule, auxiliary: Auxiliary, data: FederatedDataModule
-) -> float | None:
-    """Tune the initial prompt on either model for a round of the server's steps, and compare.
-
-    Returns:
-        The loss that the prompt tuned on the auxiliary model takes off the global model's, divided
-        by what the prompt tuned on the global model does; None where there is nothing to tune.
-    """
-    backbone, prompt = server.require_model()
-    initial, stage = prompt.prefix(), server.training_stage
-    if not initial.numel() or not stage.steps:
-        return None
-    steps = _quality_batches(fabric, data, stage.batches)
-    own = gather_layers(initial, auxiliary.layer_map)
-    tuned = tune_prompt(fabric, auxiliary.backbone, own, stage, steps)
-    carried = scatter_layers(tuned, auxiliary.layer_map, initial)
-    direct = tune_prompt(fabric, backbone, initial, stage, steps)
-    with fabric.autocast():
-        before, by_auxiliary, by_itself = (
-            mean_loss(backbone, steps, prefix) for prefix in (initial, carried, direct)
-        )
-    # where tuning gains nothing there is nothing to compare with: a tiny gain keeps the sign
-    return (before - by_auxiliary) / max(before - by_itself, 1e-6)
-
-
 def _warn_if_poor(quality: Quality | None) -> None:
     if quality is not None and quality.is_poor:
         warnings.warn(
-            "The auxiliary model is too poor to be useful: a prompt tuned on it is worth "
-            f"{quality.transfer:.0%} of one tuned on the global model, below {POOR_TRANSFER:.0%}. "
-            "Raise `model.initial_distillation.stage.steps`, or choose a larger `model.auxiliary`; "
-            "see docs/what-makes-it-work.md.",
+            "The auxiliary model is too poor to be useful: prompts tuned on it will hardly help, "
+            "or harm. Behind the initial prompt it has an alignment of "
+            f"{quality.alignment:.2f} (wanted: {POOR_ALIGNMENT} or more) and a KL divergence of "
+            f"{quality.prompted_divergence:.2f} nats (wanted: at most "
+            f"{POOR_DIVERGENCE * quality.global_lm_loss:.2f}). Raise "
+            "`model.initial_distillation.stage.steps`, or choose a larger `model.auxiliary`; see "
+            "docs/what-makes-it-work.md.",
             stacklevel=3,
         )
 

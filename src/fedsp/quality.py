@@ -17,8 +17,8 @@ from fedsp.soft_prompt import gather_layers
 from fedsp.vocabulary import IGNORED_LABEL
 
 QUALITY_BATCHES = 8
-# The threshold is measured in docs/what-makes-it-work.md.
-POOR_TRANSFER = 0.1
+POOR_ALIGNMENT = 0.1
+POOR_DIVERGENCE = 0.5
 
 
 @dataclass(frozen=True)
@@ -37,9 +37,6 @@ class Quality:
         alignment: Cosine of the two models' gradients with respect to the initial prompt, all
             batches together; in [-1, 1], where 0 is what an unrelated model has. None without a
             prompt.
-        transfer: What a prompt tuned on the auxiliary is worth for the global model, as a share of
-            what one tuned on the global model itself is worth: 1 for equal models, below 0 where it
-            does harm. None where nothing was tuned.
     """
 
     lm_loss: float
@@ -48,12 +45,19 @@ class Quality:
     divergence: float
     prompted_divergence: float
     alignment: float | None
-    transfer: float | None = None
 
     @property
     def is_poor(self) -> bool:
-        """Whether prompts tuned on it are not to be expected to help the global model."""
-        return self.transfer is not None and not self.transfer >= POOR_TRANSFER
+        """Whether prompts tuned on it are not to be expected to help the global model.
+
+        The thresholds are measured: docs/what-makes-it-work.md.
+        """
+        if self.alignment is None:
+            return False
+        return (
+            not self.alignment >= POOR_ALIGNMENT
+            or not self.prompted_divergence <= POOR_DIVERGENCE * self.global_lm_loss
+        )
 
 
 @torch.no_grad()
@@ -118,23 +122,6 @@ def measure_quality(
         prompted_divergence,
         alignment if prefix.numel() else None,
     )
-
-
-@torch.no_grad()
-def mean_loss(backbone: Backbone, batches: Iterable[dict[str, Tensor]], prefix: Tensor) -> float:
-    """Return the loss over all label tokens of some batches, in nats a token.
-
-    Args:
-        backbone: The model that reads them.
-        batches: On its device.
-        prefix: [L, 2, K, P, D] prompt before each text.
-    """
-    total, count = 0.0, 0
-    for batch in batches:
-        logits, targets, _ = backbone.label_logits(batch, prefix)
-        total += float(token_cross_entropy(logits, targets).sum())
-        count += len(targets)
-    return total / max(1, count)
 
 
 def prompt_gradient(

@@ -105,21 +105,20 @@ def quality_rows(preparation: Any) -> Rows:
     before, after = preparation.before, preparation.after
     if before is None or after is None:
         return [("quality", "not measured: `data.server` and `data.public` are null")]
-    distilled = before.divergence != after.divergence
+    distilled = before != after
     names = {
         "LM loss": "lm_loss",
         "hidden error": "hidden_error",
         "KL to global": "divergence",
         "KL with prompt": "prompted_divergence",
         "alignment": "alignment",
-        "transfer": "transfer",
     }
     rows = []
     for label, name in names.items():
         first, last = getattr(before, name), getattr(after, name)
-        if last is None:
+        if first is None or last is None:
             continue
-        text = f"{first:.4f} -> {last:.4f}" if distilled and first is not None else f"{last:.4f}"
+        text = f"{first:.4f} -> {last:.4f}" if distilled else f"{last:.4f}"
         rows.append((label, text))
     rows[0] = ("LM loss", f"{rows[0][1]}   (global model: {after.global_lm_loss:.4f})")
     how = "no" if not distilled else "found in the cache" if preparation.cached else "just now"
