@@ -17,8 +17,8 @@ from fedsp.soft_prompt import gather_layers
 from fedsp.vocabulary import IGNORED_LABEL
 
 QUALITY_BATCHES = 8
-POOR_ALIGNMENT = 0.1
-POOR_DIVERGENCE = 0.5
+POOR_ALIGNMENT = 0.05
+POOR_DIVERGENCE = 0.6
 
 
 @dataclass(frozen=True)
@@ -95,17 +95,17 @@ def measure_quality(
         if count:
             taught = student.own_logits(teacher.logits(hidden[0][rows, columns]))
             own = student.logits(hidden[1][rows, columns])
-            # both models are asked for the same tokens, which the student may know a part of
-            asked = {**batch, "labels": batch["labels"].where(labels != IGNORED_LABEL, -100)}
-            wanted, full = _prompt_gradient(teacher, asked, prefix)
-            got, prompted = _prompt_gradient(student, asked, gather_layers(prefix, layer_map))
+            wanted, full = _prompt_gradient(teacher, batch, prefix)
+            got, prompted = _prompt_gradient(student, batch, gather_layers(prefix, layer_map))
+            # each model's gradient is that of all it is asked for; the student may know less of it
+            known = labels[:, 1:][batch["labels"][:, 1:] != IGNORED_LABEL] != IGNORED_LABEL
             gradients[0] += wanted
             gradients[1][list(layer_map)] += got
             values += [
                 token_cross_entropy(own, targets).sum(),
                 token_cross_entropy(taught, targets).sum(),
                 kd_loss(own, taught, 1.0) * count,
-                kd_loss(prompted, student.own_logits(full), 1.0) * count,
+                kd_loss(prompted, student.own_logits(full[known]), 1.0) * count,
             ]
         sums[: len(values)] += torch.tensor([float(v) for v in values], dtype=torch.float64)
         num_tokens, num_labels = num_tokens + tokens, num_labels + count
