@@ -1,8 +1,9 @@
-"""Draw the plots of docs/what-makes-it-work.md from results/study/*.jsonl.
+"""Draw the plots of docs/what-makes-it-work.md from results/study/nano.jsonl.
 
-python scripts/plot_study.py
+    python scripts/plot_study.py
 
-Writes docs/images/study-*.svg and prints the correlation of every measure with the worth.
+Writes docs/images/study-*.svg and prints the table of rows and every measure's correlation with the
+worth.
 """
 
 import json
@@ -11,14 +12,12 @@ from pathlib import Path
 from typing import Any
 
 import matplotlib as mpl
-from scipy.stats import pearsonr, spearmanr
-
-mpl.use("Agg")
-mpl.rcParams["svg.hashsalt"] = "fedsp"
-import matplotlib.pyplot as plt  # noqa: E402 - the backend is chosen first
+from matplotlib import pyplot as plt
+from scipy.stats import spearmanr
 
 RESULTS = Path("results/study/nano.jsonl")
 IMAGES = Path("docs/images")
+SMALL = 0.15
 MEASURES = {
     "lm_loss": "LM loss",
     "hidden_error": "hidden error",
@@ -26,55 +25,60 @@ MEASURES = {
     "prompted_divergence": "KL behind the initial prompt",
     "align_start": "alignment at the initial prompt",
     "align_later": "alignment at a trained prompt",
-    "align_layers_start": "alignment by layer, initial",
-    "align_layers_later": "alignment by layer, trained",
-    "align_signs_start": "agreement of signs, initial",
-    "align_signs_later": "agreement of signs, trained",
+    "align_layers_start": "alignment by layer, initial prompt",
+    "align_layers_later": "alignment by layer, trained prompt",
+    "align_signs_start": "agreement of signs, initial prompt",
+    "align_signs_later": "agreement of signs, trained prompt",
 }
+Lines = list[dict[str, Any]]
 
 
 def main() -> None:
     """Draw and print."""
-    lines = [json.loads(line) for line in RESULTS.read_text().splitlines()]
-    # one auxiliary model is one point: rows that only change the training are left out
-    same = [line for line in lines if line["name"].startswith("aux/")]
-    print(f"{len(same)} auxiliary models\n\n| measure | Pearson | Spearman |\n|---|---|---|")
-    worth = [line["worth"] for line in same]
+    lines: Lines = [json.loads(line) for line in RESULTS.read_text().splitlines()]
+    # Of these each is another auxiliary model, and all are trained alike.
+    models = [line for line in lines if line["name"].startswith("aux/")]
+    print("| row | share | KL behind the prompt | alignment | worth | on test |")
+    print("|---|---|---|---|---|---|")
+    for line in sorted(lines, key=lambda line: -line["worth"]):
+        keys = ("prompted_divergence", "align_start", "worth", "worth_test")
+        figures = (line.get(key, math.nan) for key in keys)
+        cells = " | ".join("" if math.isnan(x) else f"{x:+.3f}" for x in figures)
+        print(f"| {line['name']} | {line['share']:.1%} | {cells} |")
+    print(f"\n{len(models)} auxiliary models\n\n| measure | Spearman with worth |\n|---|---|")
     for name, label in MEASURES.items():
-        values = [line[name] for line in same]
-        print(
-            f"| {label} | {pearsonr(values, worth).statistic:+.2f} "
-            f"| {spearmanr(values, worth).statistic:+.2f} |"
-        )
+        correlation = spearmanr([m[name] for m in models], [m["worth"] for m in models]).statistic
+        print(f"| {label} | {correlation:+.2f} |")
     IMAGES.mkdir(parents=True, exist_ok=True)
-    scatter(same, ("divergence", "prompted_divergence", "align_start", "align_later"))
-    rounds(lines)
+    mpl.rcParams["svg.hashsalt"] = "fedsp"
+    scatter(models, ("prompted_divergence", "align_start"))
+    rounds(models)
 
 
-def scatter(lines: list[dict[str, Any]], names: tuple[str, ...]) -> None:
-    """Worth against some measures, one point an auxiliary model."""
-    figure, axes = plt.subplots(1, len(names), figsize=(3.2 * len(names), 3.2), sharey=True)
+def scatter(models: Lines, names: tuple[str, ...]) -> None:
+    """Draw the worth against some measures, one point an auxiliary model."""
+    figure, axes = plt.subplots(1, len(names), figsize=(4 * len(names), 3.6), sharey=True)
     for axis, name in zip(axes, names, strict=True):
-        for line in lines:
-            small = line["share"] <= 0.15
-            axis.plot(
-                line[name], line["worth"], "o" if small else "s", color="C0" if small else "C7"
-            )
+        for model in models:
+            color = "C0" if model["share"] <= SMALL else "C7"
+            axis.plot(model[name], model["worth"], "o", color=color)
+            label = model["name"].removeprefix("aux/")
+            axis.annotate(label, (model[name], model["worth"]), fontsize=6, rotation=20)
         axis.axhline(0, color="black", linewidth=0.5)
         axis.set_xlabel(MEASURES[name])
-    axes[0].set_ylabel("worth: nats a token gained\nover the server alone")
+    axes[0].set_xscale("symlog", linthresh=0.1)
+    axes[0].set_ylabel("worth, nats a token (blue: at most 15 %)")
     save(figure, "study-predictors.svg")
 
 
-def rounds(lines: list[dict[str, Any]]) -> None:
-    """The global model's loss by round for some rows."""
+def rounds(models: Lines) -> None:
+    """Draw the global model's loss by round: the server alone, the ceiling, and the best."""
     figure, axis = plt.subplots(figsize=(6, 3.6))
-    chosen = [line for line in lines if line.get("plot", True)]
-    best = sorted(chosen, key=lambda line: -line["worth"] if line["share"] <= 0.15 else math.inf)
-    alone = lines[0]["server_only"]["losses"]
+    alone = models[0]["server_only"]["losses"]
     axis.plot(alone, color="black", linestyle="--", label="server alone")
-    for line in [lines[0], *best[:3]]:
-        axis.plot(line["fedsp"]["losses"], label=f"{line['name']} ({line['share']:.0%})")
+    for model in sorted(models, key=lambda model: -model["worth"])[:6]:
+        label = f"{model['name'].removeprefix('aux/')} ({model['share']:.0%})"
+        axis.plot(model["fedsp"]["losses"], label=label)
     axis.set_xlabel("round")
     axis.set_ylabel("selection loss, nats a token")
     axis.set_ylim(top=4.95)
@@ -83,7 +87,7 @@ def rounds(lines: list[dict[str, Any]]) -> None:
 
 
 def save(figure: Any, name: str) -> None:
-    """Write a figure that is the same for the same data."""
+    """Write a figure; the same data gives the same file."""
     figure.tight_layout()
     figure.savefig(IMAGES / name, metadata={"Date": None})
     plt.close(figure)

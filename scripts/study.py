@@ -33,7 +33,7 @@ from fedsp.phases import Optimization, _optimize, evaluate
 from fedsp.preparation import fill_pool, prepare_auxiliary
 from fedsp.prompt_pool import PromptPool
 from fedsp.quality import prompt_gradient
-from fedsp.soft_prompt import gather_layers, scatter_layers
+from fedsp.soft_prompt import pool_layers, spread_layers
 
 PLACE = ["--trainer.accelerator=cpu", "--trainer.devices=1", "--trainer.strategy=auto"]
 
@@ -121,7 +121,7 @@ class Study:
         """Run the stages of the pooled client and return its prompt."""
         client = self.client
         auxiliary, own = client.require_model()
-        own.load_prefix(gather_layers(prefix, auxiliary.layer_map))
+        own.load_prefix(pool_layers(prefix, auxiliary.slots))
         for index, name in enumerate(("auxiliary", "soft_prompt")):
             stage = client.stages[name]
             if not stage.steps:
@@ -135,7 +135,7 @@ class Study:
             part = client.require_model()[index]
             _optimize(self.fabric, client.training_step, part, stage, states[name], batches)
         client.eval()
-        return scatter_layers(own.prefix(), auxiliary.layer_map, prefix)
+        return spread_layers(own.prefix(), auxiliary.slots, prefix)
 
     def alignments(self) -> dict[str, float]:
         """Cosines of the prompt's gradients, at the initial prompt and further on; by sign, too."""
@@ -147,9 +147,10 @@ class Study:
             batches = self.data.server_dataloader(start_step=0, num_steps=8)
             wanted, got = torch.zeros_like(prefix), torch.zeros_like(prefix)
             for batch in batches:
-                own = gather_layers(prefix, auxiliary.layer_map)
+                own = pool_layers(prefix, auxiliary.slots)
                 wanted += prompt_gradient(teacher, batch, prefix)
-                got[list(auxiliary.layer_map)] += prompt_gradient(auxiliary.backbone, batch, own)
+                part = prompt_gradient(auxiliary.backbone, batch, own)
+                got[[slot for (slot,) in auxiliary.slots]] += part
             flat = torch.nn.functional.cosine_similarity
             measured[f"align_{place}"] = float(flat(wanted.flatten(), got.flatten(), dim=0))
             layers = flat(wanted.flatten(1), got.flatten(1), dim=1)
@@ -159,7 +160,7 @@ class Study:
         return measured
 
 
-def run(study: Study, baseline: dict[str, Any] | None, *, alignments: bool) -> dict[str, Any]:
+def run(study: Study, baseline: dict[str, Any] | None, plan: dict[str, Any]) -> dict[str, Any]:
     """Make, measure and try one auxiliary model."""
     started = time.perf_counter()
     made = study.prepare()
@@ -167,7 +168,7 @@ def run(study: Study, baseline: dict[str, Any] | None, *, alignments: bool) -> d
     line: dict[str, Any] = {
         "share": made.auxiliary.summary()["share_of_global"],
         **(vars(made.after) if made.after is not None else {}),
-        **(study.alignments() if alignments else {}),
+        **(study.alignments() if plan.get("alignments", True) else {}),
     }
     line["server_only"] = baseline or study.federate(with_clients=False)
     line["fedsp"] = study.federate(with_clients=True)
@@ -196,12 +197,12 @@ def main(rows: Path, results: Path) -> None:
         of_data = " ".join(o for o in options if o.startswith(("--data", "--seed", "--config")))
         study = Study(options, plan["rounds"], read.get(of_data))
         read[of_data] = study.data
-        line = run(study, baselines.get(key), alignments=plan.get("alignments", True))
-        baselines[key] = line["server_only"]
+        line = run(study, baselines.get(key), plan)
         line = {"name": name, "options": row or "", "baseline": key, **line}
+        baselines[key] = line["server_only"]
         with results.open("a") as file:
             file.write(json.dumps(line) + "\n")
-        print(f"    worth {line['worth']:.4f}, {line['seconds']}", flush=True)
+        print(f"    worth {line['worth']:+.4f}", flush=True)
 
 
 if __name__ == "__main__":

@@ -120,7 +120,7 @@ def test_low_rank_keeps_sharing_and_what_it_would_not_shrink() -> None:
     kept = LowRank(2, KeptLayers(num_layers=1)).build(backbone)
     assert shared.num_parameters() == kept.num_parameters()
     every = LowRank(2).build(backbone)
-    assert every.layer_map == (0, 1, 2, 3)
+    assert every.sources == (0, 1, 2, 3)
     same = LowRank(10_000, SharedCell()).build(backbone)
     assert same.num_parameters() == SharedCell().build(backbone).num_parameters()
 

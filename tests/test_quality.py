@@ -7,7 +7,7 @@ from torch import Tensor
 from families import random_prefix, random_text, tiny_backbone
 from fedsp.auxiliary import KeptLayers, SharedCell
 from fedsp.backbone import Backbone
-from fedsp.quality import measure_quality, prompt_gradient
+from fedsp.quality import Quality, measure_quality, prompt_gradient
 from oracles import closed_forms
 
 P = 5
@@ -96,3 +96,23 @@ def test_alignment_counts_the_slots_that_the_student_lacks(
     own = prompt_gradient(student.backbone, batch, prefix[[0, 3]])
     dot = sum((wanted[at] * own[idx]).sum() for idx, at in enumerate((0, 3)))
     assert quality.alignment == pytest.approx(float(dot / (wanted.norm() * own.norm())), rel=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("alignment", "divergence", "poor"),
+    [
+        (0.5, 2.3, False),
+        (0.05, 2.4, False),
+        (0.04, 1.0, True),
+        (-0.9, 0.1, True),
+        (0.9, 2.5, True),
+        (float("nan"), 0.1, True),
+        (0.9, float("nan"), True),
+        (None, 9.0, False),
+    ],
+)
+def test_it_is_poor_that_reads_prompts_otherwise_or_predicts_otherwise_behind_them(
+    alignment: float | None, divergence: float, poor: bool
+) -> None:
+    """Wanted: a cosine of 0.05 or more, a divergence of at most 0.6 of the global loss."""
+    assert Quality(6.0, 4.0, 0.1, 0.1, divergence, alignment).is_poor == poor

@@ -94,8 +94,8 @@ def test_a_round_without_clients_costs_nothing(tmp_path: Path) -> None:
 
 def test_quality_stands_beside_the_global_model() -> None:
     before, after = (
-        Quality(6.0, 3.0, 0.9, 2.0, 2.5, 0.1, -0.5),
-        Quality(4.0, 3.0, 0.1, 0.5, 0.75, 0.8, 0.5),
+        Quality(6.0, 3.0, 0.9, 2.0, 2.5, 0.1),
+        Quality(4.0, 3.0, 0.1, 0.5, 0.75, 0.8),
     )
     rows = dict(quality_rows(SimpleNamespace(before=before, after=after, cached=True)))
     assert rows == {
@@ -104,13 +104,12 @@ def test_quality_stands_beside_the_global_model() -> None:
         "KL to global": "2.0000 -> 0.5000",
         "KL with prompt": "2.5000 -> 0.7500",
         "alignment": "0.1000 -> 0.8000",
-        "transfer": "-0.5000 -> 0.5000",
         "distilled": "found in the cache",
     }
 
 
 def test_an_auxiliary_that_was_not_taught_has_one_quality() -> None:
-    quality = Quality(6.0, 3.0, 0.9, 2.0, 2.5, 0.1, -0.5)
+    quality = Quality(6.0, 3.0, 0.9, 2.0, 2.5, 0.1)
     rows = dict(quality_rows(SimpleNamespace(before=quality, after=quality, cached=False)))
     assert rows["LM loss"] == "6.0000   (global model: 3.0000)"
     assert rows["distilled"] == "no"

@@ -17,14 +17,11 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
 from fedsp.auxiliary import Auxiliary
-from fedsp.backbone import Backbone
 from fedsp.client import ClientModule
-from fedsp.losses import token_cross_entropy
 from fedsp.metrics import AnswerMatch, ChoiceAccuracy, TokenLoss
 from fedsp.scoring import Scores
 from fedsp.seeding import isolated_rng, seed_for, stream
 from fedsp.server import ServerModule
-from fedsp.soft_prompt import SoftPrompt
 from fedsp.stages import Stage
 
 Batches = Iterable[dict[str, Tensor]]
@@ -232,35 +229,6 @@ def train_server(
         result = _optimize(fabric, server.training_step, server, trained, batches)
     prompt.eval()
     return result
-
-
-def tune_prompt(
-    fabric: Fabric, backbone: Backbone, prefix: Tensor, stage: Stage, batches: Batches
-) -> Tensor:
-    """Tune a prompt on any frozen model for one run of a stage; nothing given is changed.
-
-    Args:
-        fabric: Where to run.
-        backbone: The frozen model.
-        prefix: [L, 2, K, P, D] Where the prompt starts.
-        stage: Steps, optimizer and schedule.
-        batches: As many as the stage wants.
-
-    Returns:
-        [L, 2, K, P, D] the tuned prompt.
-    """
-    *sizes, num_virtual_tokens, head_dim = prefix.shape
-    prompt = SoftPrompt((sizes[0], sizes[2], head_dim), num_virtual_tokens)
-    prompt.load_prefix(prefix)
-    fabric.to_device(prompt)
-    optimization = Optimization(*stage.build(prompt.parameters(), stage.steps))
-
-    def loss_of(batch: dict[str, Tensor], batch_idx: int) -> Tensor:
-        logits, targets, _ = backbone.label_logits(batch, prompt())
-        return token_cross_entropy(logits, targets).sum() / max(1, len(targets))
-
-    _optimize(fabric, loss_of, prompt, [(stage, optimization)], batches)
-    return prompt.prefix()
 
 
 def distill(  # noqa: PLR0913 - what the other phases take, and the pool of prompts

@@ -1,7 +1,7 @@
 """Before the first round, once: the auxiliary model is derived, taught, measured and kept."""
 
 import warnings
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -13,18 +13,17 @@ from torch import Tensor
 from fedsp.auxiliary import Auxiliary, AuxiliaryRecipe
 from fedsp.data import FederatedDataModule
 from fedsp.distillation import Distillation, cache_key, describe_stage
-from fedsp.phases import Optimization, distill, train_server, tune_prompt
+from fedsp.phases import Optimization, distill, train_server
 from fedsp.prompt_pool import PromptPool
 from fedsp.quality import (
-    POOR_TRANSFER,
+    POOR_ALIGNMENT,
+    POOR_DIVERGENCE,
     QUALITY_BATCHES,
     Quality,
-    mean_loss,
     measure_quality,
 )
 from fedsp.run_folder import cache_folder
 from fedsp.server import ServerModule
-from fedsp.soft_prompt import pool_layers, spread_layers
 from fedsp.stages import Stage
 from fedsp.state_files import load_state, save_state
 
@@ -319,68 +318,29 @@ def _measure(
 ) -> Quality | None:
     """On the server's own data, which the distillation does not see; else on public data."""
     if data.num_examples("server"):
-        make_loader = data.server_dataloader
+        loader = data.server_dataloader(start_step=0, num_steps=QUALITY_BATCHES)
     elif data.num_examples("public"):
-        make_loader = data.public_dataloader
+        loader = data.public_dataloader(start_step=0, num_steps=QUALITY_BATCHES)
     else:
         return None
-    loader = make_loader(start_step=0, num_steps=QUALITY_BATCHES)
-    batches = [fabric.to_device(batch) for batch in islice(loader, QUALITY_BATCHES)]
+    batches = (fabric.to_device(batch) for batch in islice(loader, QUALITY_BATCHES))
     backbone, prompt = server.require_model()
     with fabric.autocast():
-        quality = measure_quality(
+        return measure_quality(
             backbone, auxiliary.backbone, batches, prompt.prefix(), auxiliary.slots
         )
-        stage = server.training_stage
-        if not prompt.prefix().numel() or not stage.steps:
-            return quality
-    steps = [
-        fabric.to_device(batch) for batch in make_loader(start_step=0, num_steps=stage.batches)
-    ]
-    return replace(quality, transfer=_transfer(fabric, server, auxiliary, steps, batches))
-
-
-def _transfer(
-    fabric: Fabric,
-    server: ServerModule,
-    auxiliary: Auxiliary,
-    steps: list[dict[str, Tensor]],
-    batches: list[dict[str, Tensor]],
-) -> float:
-    """Tune the initial prompt on either model for a round of the server's steps, and compare.
-
-    Args:
-        fabric: Where to run.
-        server: Gives model, initial prompt and the stage.
-        auxiliary: The other model.
-        steps: What is trained on.
-        batches: What the global model's loss is measured on.
-
-    Returns:
-        The loss that the prompt tuned on the auxiliary model takes off, divided by what the prompt
-        tuned on the global model does.
-    """
-    backbone, prompt = server.require_model()
-    initial = prompt.prefix()
-    own = pool_layers(initial, auxiliary.slots)
-    tuned = tune_prompt(fabric, auxiliary.backbone, own, server.training_stage, steps)
-    carried = spread_layers(tuned, auxiliary.slots, initial)
-    direct = tune_prompt(fabric, backbone, initial, server.training_stage, steps)
-    with fabric.autocast():
-        before, by_auxiliary, by_itself = (
-            mean_loss(backbone, batches, prefix) for prefix in (initial, carried, direct)
-        )
-    # where tuning gains nothing there is nothing to compare with: a tiny gain keeps the sign
-    return (before - by_auxiliary) / max(before - by_itself, 1e-6)
 
 
 def _warn_if_poor(quality: Quality | None) -> None:
     if quality is not None and quality.is_poor:
         warnings.warn(
-            "The auxiliary model is too poor to be useful: a prompt tuned on it is worth "
-            f"{quality.transfer:.0%} of one tuned on the global model, below {POOR_TRANSFER:.0%}. "
-            "Raise `model.initial_distillation.stage.steps`, or choose a larger `model.auxiliary`; "
-            "see docs/what-makes-it-work.md.",
+            "The auxiliary model is too poor to be useful: prompts tuned on it will hardly help, "
+            "or harm. Behind the initial prompt it has an alignment of "
+            f"{quality.alignment:.2f} (wanted: {POOR_ALIGNMENT} or more) and a KL divergence of "
+            f"{quality.prompted_divergence:.2f} nats (wanted: at most "
+            f"{POOR_DIVERGENCE * quality.global_lm_loss:.2f}). Raise "
+            "`model.initial_distillation.stage.steps`, or choose a larger `model.auxiliary`; see "
+            "docs/what-makes-it-work.md.",
             stacklevel=3,
         )
 

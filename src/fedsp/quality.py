@@ -17,8 +17,8 @@ from fedsp.soft_prompt import pool_layers
 from fedsp.vocabulary import IGNORED_LABEL
 
 QUALITY_BATCHES = 8
-# The threshold is measured in docs/what-makes-it-work.md.
-POOR_TRANSFER = 0.1
+POOR_ALIGNMENT = 0.05
+POOR_DIVERGENCE = 0.6
 
 
 @dataclass(frozen=True)
@@ -37,9 +37,6 @@ class Quality:
         alignment: Cosine of the two models' gradients with respect to the initial prompt, all
             batches together; in [-1, 1], where 0 is what an unrelated model has. None without a
             prompt.
-        transfer: What a prompt tuned on the auxiliary is worth for the global model, as a share of
-            what one tuned on the global model itself is worth: 1 for equal models, below 0 where it
-            does harm. None where nothing was tuned.
     """
 
     lm_loss: float
@@ -48,12 +45,19 @@ class Quality:
     divergence: float
     prompted_divergence: float
     alignment: float | None
-    transfer: float | None = None
 
     @property
     def is_poor(self) -> bool:
-        """Whether prompts tuned on it are not to be expected to help the global model."""
-        return self.transfer is not None and not self.transfer >= POOR_TRANSFER
+        """Whether prompts tuned on it are not to be expected to help the global model.
+
+        The thresholds are measured: docs/what-makes-it-work.md.
+        """
+        if self.alignment is None:
+            return False
+        return (
+            not self.alignment >= POOR_ALIGNMENT
+            or not self.prompted_divergence <= POOR_DIVERGENCE * self.global_lm_loss
+        )
 
 
 @torch.no_grad()
@@ -91,10 +95,10 @@ def measure_quality(
         if count:
             taught = student.own_logits(teacher.logits(hidden[0][rows, columns]))
             own = student.logits(hidden[1][rows, columns])
-            # both models are asked for the same tokens, which the student may know a part of
-            asked = {**batch, "labels": batch["labels"].where(labels != IGNORED_LABEL, -100)}
-            wanted, full = _prompt_gradient(teacher, asked, prefix)
-            got, prompted = _prompt_gradient(student, asked, pool_layers(prefix, slots))
+            wanted, full = _prompt_gradient(teacher, batch, prefix)
+            got, prompted = _prompt_gradient(student, batch, pool_layers(prefix, slots))
+            # each model's gradient is that of all it is asked for; the student may know less of it
+            known = labels[:, 1:][batch["labels"][:, 1:] != IGNORED_LABEL] != IGNORED_LABEL
             gradients[0] += wanted
             for group, part in zip(slots, got, strict=True):
                 gradients[1][list(group)] += part / len(group)
@@ -102,7 +106,7 @@ def measure_quality(
                 token_cross_entropy(own, targets).sum(),
                 token_cross_entropy(taught, targets).sum(),
                 kd_loss(own, taught, 1.0) * count,
-                kd_loss(prompted, student.own_logits(full), 1.0) * count,
+                kd_loss(prompted, student.own_logits(full[known]), 1.0) * count,
             ]
         sums[: len(values)] += torch.tensor([float(v) for v in values], dtype=torch.float64)
         num_tokens, num_labels = num_tokens + tokens, num_labels + count
@@ -119,23 +123,6 @@ def measure_quality(
         prompted_divergence,
         alignment if prefix.numel() else None,
     )
-
-
-@torch.no_grad()
-def mean_loss(backbone: Backbone, batches: Iterable[dict[str, Tensor]], prefix: Tensor) -> float:
-    """Return the loss over all label tokens of some batches, in nats a token.
-
-    Args:
-        backbone: The model that reads them.
-        batches: On its device.
-        prefix: [L, 2, K, P, D] prompt before each text.
-    """
-    total, count = 0.0, 0
-    for batch in batches:
-        logits, targets, _ = backbone.label_logits(batch, prefix)
-        total += float(token_cross_entropy(logits, targets).sum())
-        count += len(targets)
-    return total / max(1, count)
 
 
 def prompt_gradient(

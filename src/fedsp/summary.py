@@ -124,7 +124,6 @@ def quality_rows(preparation: Any) -> Rows:
         "KL to global": "divergence",
         "KL with prompt": "prompted_divergence",
         "alignment": "alignment",
-        "transfer": "transfer",
     }
     rows = []
     for label, name in names.items():
