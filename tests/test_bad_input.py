@@ -454,6 +454,14 @@ def _names_of_all_options(config: dict[str, Any], tmp_path: Path) -> set[str]:
     variants: list[dict[str, Any]] = [
         {},
         {f"{MODEL}.auxiliary": of_class("fedsp.auxiliary.SharedCell")},
+        {f"{MODEL}.auxiliary": of_class("fedsp.compression.LowRank", rank=2)},
+        {
+            f"{MODEL}.auxiliary": of_class(
+                "fedsp.compression.TrimmedVocabulary",
+                num_tokens=9,
+                recipe=of_class("fedsp.auxiliary.SharedCell"),
+            )
+        },
         {f"{DATA}.task": of_class("fedsp.tasks.MultipleChoice")},
         {f"{DATA}.task": of_class("fedsp.tasks.RawText")},
         {f"{DATA}.public_task": of_class("fedsp.tasks.RawText")},
