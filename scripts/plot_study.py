@@ -63,17 +63,21 @@ def scatter(models: Lines, names: tuple[str, ...]) -> None:
             color = "C0" if model["share"] <= SMALL else "C7"
             axis.plot(model[name], model["worth"], "o", color=color)
             label = model["name"].removeprefix("aux/")
-            axis.annotate(label, (model[name], model["worth"]), fontsize=6, rotation=20)
+            axis.annotate(
+                label, (model[name], model["worth"]), fontsize=6, rotation=20, clip_on=True
+            )
         axis.axhline(0, color="black", linewidth=0.5)
         axis.set_xlabel(MEASURES[name])
-    axes[0].set_xscale("symlog", linthresh=0.1)
+    # The models that do harm lie far below; the page's table has them.
+    axes[0].set_xlim(-0.02, 0.9)
+    axes[0].set_ylim(-0.01, 0.13)
     axes[0].set_ylabel("worth, nats a token (blue: at most 15 %)")
     save(figure, "study-predictors.svg")
 
 
 def rounds(models: Lines) -> None:
     """Draw the global model's loss by round: the server alone, the ceiling, and the best."""
-    figure, axis = plt.subplots(figsize=(6, 3.6))
+    figure, axis = plt.subplots(figsize=(7.5, 3.6))
     alone = models[0]["server_only"]["losses"]
     axis.plot(alone, color="black", linestyle="--", label="server alone")
     for model in sorted(models, key=lambda model: -model["worth"])[:6]:
@@ -82,7 +86,7 @@ def rounds(models: Lines) -> None:
     axis.set_xlabel("round")
     axis.set_ylabel("selection loss, nats a token")
     axis.set_ylim(top=4.95)
-    axis.legend(fontsize=8)
+    axis.legend(fontsize=8, loc="center left", bbox_to_anchor=(1, 0.5))
     save(figure, "study-rounds.svg")
 
 

@@ -8,12 +8,17 @@ import pytest
 from rich.console import Console
 
 from fedsp.auxiliary import SharedCell
+from fedsp.compression import LowRank, TrimmedVocabulary
+from fedsp.display import human_bytes
+from fedsp.distillation import Distillation
 from fedsp.federation import Communication
 from fedsp.history import Evaluation
 from fedsp.ledger import read_ledger
+from fedsp.prompt_pool import PromptPool
 from fedsp.quality import Quality
 from fedsp.sampling import UniformSampler
 from fedsp.server import SoftPromptSpec
+from fedsp.stages import Stage
 from fedsp.summary import (
     data_rows,
     message_bytes,
@@ -161,3 +166,26 @@ def test_the_summary_of_a_model_without_a_prompt_is_whole(tmp_path: Path) -> Non
     with console.file:
         console.print(start_summary(trainer))
     assert "0 parameters, 0.00 %: 0 virtual tokens" in console.export_text()
+
+
+def test_a_small_auxiliary_model_runs_a_round_and_its_handout_counts_the_token_maps(
+    tmp_path: Path,
+) -> None:
+    """257 and 30 token ids of 4 bytes beside the parameters, as in the ledger's payload."""
+    recipe = TrimmedVocabulary(LowRank(2), 30)
+    distillation = Distillation(
+        Stage(steps=2),
+        logit_weight=1.0,
+        gradient_weight=0.1,
+        prompts=PromptPool(rounds=1, noise=0.1),
+        cache_dir="",
+    )
+    server = make_server(tmp_path, auxiliary=recipe, initial_distillation=distillation)
+    trainer = fit(tmp_path, tmp_path / "run", server=server, num_rounds=1)
+    handout = trainer.preparation.auxiliary.handout()
+    size = sum(tensor.numel() * tensor.element_size() for tensor in handout.values())
+    assert sum(handout[f"vocabulary.{name}"].numel() for name in ("kept", "row_of")) == 257 + 30
+    rows = read_ledger(tmp_path / "run" / "ledger.jsonl")
+    sent = [row["bytes"] for row in rows if row["kind"] == "auxiliary_handout"]
+    assert all(size < payload < size + 20_000 for payload in sent)
+    assert dict(traffic_rows(trainer))["hand-out"].startswith(human_bytes(size))

@@ -10,6 +10,7 @@ import torch
 from rich.console import Group, RenderableType
 from rich.rule import Rule
 from rich.text import Text
+from torch import Tensor
 from torch.nn import Parameter
 
 from fedsp.display import (
@@ -164,7 +165,9 @@ def traffic_rows(trainer: Any) -> Rows:
     up, down = message_bytes(trainer)
     backbone = trainer.server.require_model()[0]
     fedavg = 2 * num_bytes(backbone.model.parameters())
-    handout = num_bytes(trainer.preparation.auxiliary.backbone.model.parameters())
+    auxiliary = trainer.preparation.auxiliary.backbone
+    maps = {} if auxiliary.vocabulary is None else auxiliary.vocabulary.state_dict()
+    handout = num_bytes([*auxiliary.model.parameters(), *maps.values()])
     size = len(trainer.sampler.cohort(trainer.data.num_clients, seed=trainer.seed, round_idx=0))
     return [
         (
@@ -208,7 +211,7 @@ def num_parameters(parameters: Iterable[Parameter]) -> int:
     return sum(parameter.numel() for parameter in parameters)
 
 
-def num_bytes(parameters: Iterable[Parameter]) -> int:
+def num_bytes(parameters: Iterable[Tensor]) -> int:
     """Return the size of all parameters in their own number formats."""
     return sum(parameter.numel() * parameter.element_size() for parameter in parameters)
 
