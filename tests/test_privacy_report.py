@@ -186,3 +186,15 @@ def test_a_report_without_a_test_split_is_refused_before_the_rounds(tmp_path: Pa
     trainer = make_trainer(tmp_path / "run", callbacks=[ModelPrivacy()])
     with pytest.raises(ValueError, match=r"ModelPrivacy measures on the test split, but `data.te"):
         trainer.fit(make_server(tmp_path), make_client(), make_data(tmp_path, test=None))
+
+
+def test_rows_of_a_trimmed_table_are_the_global_models_own() -> None:
+    """Two of four rows of a table of eight numbers, and a weight of two that was changed."""
+    model = {"table": torch.arange(8.0).reshape(4, 2), "weight": torch.tensor([3.0, 4.0])}
+    handout = {"table": torch.tensor([[2.0, 3.0], [6.0, 7.0]]), "weight": torch.tensor([3.0, 9.0])}
+    rows = {"table": torch.tensor([1, 3])}
+    held = compare_tensors(handout, model, rows)
+    assert held.verbatim == ["table"]
+    assert held.verbatim_share == 0.4  # 4 of 10 numbers
+    assert held.changed == {"weight": ("weight", 1.0)}  # 5 of a norm of 5
+    assert compare_tensors(handout, model).verbatim == []

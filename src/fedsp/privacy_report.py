@@ -52,7 +52,11 @@ class Held:
     changed_share: float
 
 
-def compare_tensors(handout: Mapping[str, Tensor], model: Mapping[str, Tensor]) -> Held:
+def compare_tensors(
+    handout: Mapping[str, Tensor],
+    model: Mapping[str, Tensor],
+    kept_rows: Mapping[str, Tensor] | None = None,
+) -> Held:
     """Find the global model's tensors among those that a client was handed.
 
     A tensor that rounds to the global model's number format as one of its tensors counts as that.
@@ -60,8 +64,11 @@ def compare_tensors(handout: Mapping[str, Tensor], model: Mapping[str, Tensor]) 
     Args:
         handout: The client's tensors by name, each once.
         model: The global model's by name, each once.
+        kept_rows: By name, the rows of a table that a client could have been handed; null: tables
+            are compared whole.
     """
     total = sum(tensor.numel() for tensor in model.values())
+    model = {**model, **{name: model[name][rows] for name, rows in (kept_rows or {}).items()}}
     dtype = next(iter(model.values())).dtype
     own = {name: _digest(tensor.to(dtype)) for name, tensor in handout.items()}
     theirs = {name: _digest(tensor) for name, tensor in model.items()}
@@ -172,7 +179,10 @@ def measure_privacy(trainer: Any) -> dict[str, Any]:
     if "accuracy" in metrics["global"]:
         guessing["accuracy"] = trainer.data.chance("test")
     handout = auxiliary.handout()
-    held = compare_tensors(handout, _tensors(backbone.model, handout))
+    tensors = _tensors(backbone.model, handout)
+    vocabulary = auxiliary.backbone.vocabulary
+    tables = {} if vocabulary is None else _tables(tensors, handout, vocabulary.kept.long())
+    held = compare_tensors(handout, tensors, tables)
     report: dict[str, Any] = {"split": "test", "metrics": metrics, "guessing": guessing}
     report["leaked"] = _shares(report, "auxiliary_prompt", guessing)
     report["gap_closed"] = _shares(report, "auxiliary_prompt", metrics["auxiliary"])
@@ -192,6 +202,18 @@ def _tensors(model: torch.nn.Module, handout: Mapping[str, Tensor]) -> dict[str,
         name: buffer for name, buffer in model.named_buffers() if name in state and name in handout
     }
     return {**dict(model.named_parameters()), **buffers}
+
+
+def _tables(
+    model: Mapping[str, Tensor], handout: Mapping[str, Tensor], kept: Tensor
+) -> dict[str, Tensor]:
+    """Return the rows of each table of tokens of which a client holds a trimmed one."""
+    trimmed = {
+        name: (len(kept), *tensor.shape[1:])
+        for name, tensor in model.items()
+        if name in handout and tensor.shape != handout[name].shape
+    }
+    return {name: kept for name, shape in trimmed.items() if tuple(handout[name].shape) == shape}
 
 
 def report_privacy(trainer: Any) -> dict[str, Any]:
