@@ -28,7 +28,9 @@ from lightning.fabric import Fabric
 from torch import Tensor
 
 from fedsp.cli import FederatedCLI
+from fedsp.history import Evaluation
 from fedsp.opening import check_run, launch, set_up_data
+from fedsp.payload import SOFT_PROMPT
 from fedsp.phases import Optimization, _optimize, evaluate
 from fedsp.preparation import fill_pool, prepare_auxiliary
 from fedsp.prompt_pool import PromptPool
@@ -62,7 +64,7 @@ class Study:
         self.fabric: Fabric = cli.trainer.fabric
         launch(self.fabric, self.server)
         set_up_data(self.server, self.data, "fit")
-        check_run(self.server, self.client, self.data, "server/val_loss")
+        check_run(self.server, self.client, self.data, cohort=[0], evaluation=Evaluation())
         self.owner = Quiet(cli.trainer.seed, cli.trainer.precision)
         self.initial = self.server.require_model()[1].prefix()
 
@@ -104,13 +106,14 @@ class Study:
             if with_clients:
                 before = prompt.prefix()
                 after = self.client_round(before, states)
-                prompt.load_prefix(self.rules.server_optimizer.step(before, after))
+                step = self.rules.server_optimizer.step({SOFT_PROMPT: before}, {SOFT_PROMPT: after})
+                prompt.load_prefix(step[SOFT_PROMPT])
             if stage.steps:
                 prompt.train()
                 batches = self.data.server_dataloader(
                     start_step=own.batches, num_steps=stage.batches
                 )
-                _optimize(self.fabric, self.server.training_step, prompt, stage, own, batches)
+                _optimize(self.fabric, self.server.training_step, prompt, [(stage, own)], batches)
             losses.append(self.loss())
             if losses[-1] == min(losses):
                 best = prompt.prefix()
@@ -122,18 +125,17 @@ class Study:
         client = self.client
         auxiliary, own = client.require_model()
         own.load_prefix(pool_layers(prefix, auxiliary.slots))
-        for index, name in enumerate(("auxiliary", "soft_prompt")):
+        for name in ("auxiliary", "soft_prompt"):
             stage = client.stages[name]
             if not stage.steps:
                 continue
-            client.set_stage(name)
+            client.set_stages([name])
             if name not in states:
                 parameters = client.stage_parameters(name).values()
                 states[name] = Optimization(*stage.build(parameters, stage.steps * self.rounds))
             start = sum(state.batches for state in states.values())
             batches = self.pooled(start, stage.batches)
-            part = client.require_model()[index]
-            _optimize(self.fabric, client.training_step, part, stage, states[name], batches)
+            _optimize(self.fabric, client.training_step, client, [(stage, states[name])], batches)
         client.eval()
         return spread_layers(own.prefix(), auxiliary.slots, prefix)
 
