@@ -25,11 +25,12 @@ from fedsp.phases import (
     train_client,
     train_server,
 )
+from fedsp.pretrained import BackboneSpec
 from fedsp.schedules import LinearWarmup
 from fedsp.scoring import Scores, score
 from fedsp.server import ServerModule, SoftPromptSpec
 from fedsp.stages import Stage
-from tiny import adamw, make_client, make_server
+from tiny import GPT2, adamw, files, make_client, make_server
 
 P = 4
 
@@ -134,6 +135,45 @@ def test_training_equals_a_loop_written_by_hand(tmp_path: Path, fabric: Fabric) 
     assert result.loss == pytest.approx(sum(losses) / 3, rel=1e-5)
     assert (result.steps, result.num_tokens) == (3, 3 * 4 * 9)
     assert result.seconds > 0
+
+
+def test_joint_stages_step_both_parts_on_the_same_batches(tmp_path: Path, fabric: Fabric) -> None:
+    """Two optimizers of plain SGD on one loss, by hand."""
+    tokenizer = files(tmp_path)[0]
+    still = {**GPT2, "resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0}
+    spec = BackboneSpec(name_or_path=tokenizer, tokenizer=tokenizer, config=still)
+    server = loaded_server(tmp_path, backbone=spec)
+    stages = {
+        "auxiliary": Stage(steps=2, optimizer=sgd(0.01), gradient_clip_norm=None),
+        "soft_prompt": Stage(steps=2, optimizer=sgd(0.5), gradient_clip_norm=None),
+    }
+    client = loaded_client(server, **stages, joint=True, dropout=0.0)
+    by_hand = loaded_client(server, **stages, dropout=0.0)
+    batches = [text(seed=1), text(seed=2)]
+    turn = ClientTurn(0, 0, 0, 1, lambda start, num: batches[start : start + num])
+    results, kept = train_client(fabric, client, {}, turn)
+    auxiliary, prompt = by_hand.require_model()
+    by_hand.set_stages(["auxiliary", "soft_prompt"])
+    auxiliary.eval()
+    for batch in batches:
+        by_hand.training_step(batch, 0).backward()
+        with torch.no_grad():
+            for rate, part in ((0.01, auxiliary.trainable().values()), (0.5, prompt.parameters())):
+                for parameter in part:
+                    parameter -= rate * parameter.grad
+                    parameter.grad = None
+    assert torch.allclose(client.require_model()[1].prefix(), prompt.prefix(), atol=1e-6)
+    trained = client.require_model()[0].state()
+    for name, tensor in auxiliary.state().items():
+        assert torch.allclose(trained[name], tensor, atol=1e-6), name
+    assert results.keys() == {"soft_prompt"}
+    assert results["soft_prompt"].steps == 2
+    assert kept["batches"] == 2
+
+
+def test_joint_stages_of_other_lengths_are_refused() -> None:
+    with pytest.raises(ValueError, match=r"got 2 and 3 steps"):
+        ClientModule(Stage(steps=2), Stage(steps=3), joint=True)
 
 
 @pytest.mark.parametrize("parts", [2, 4])

@@ -2,7 +2,7 @@ from collections import Counter
 
 import pytest
 
-from fedsp.sampling import UniformSampler
+from fedsp.sampling import SingleClient, UniformSampler
 
 
 def test_every_client_takes_part_by_default() -> None:
@@ -34,3 +34,16 @@ def test_more_clients_than_there_are_is_refused_by_name() -> None:
         ValueError, match=r"clients_per_round` must be in \[0, num_clients=10\], got 12"
     ):
         UniformSampler(clients_per_round=12).cohort(10, seed=0, round_idx=0)
+
+
+def test_a_single_client_is_the_same_in_every_round_and_drawn_by_the_seed() -> None:
+    cohorts = [SingleClient().cohort(50, seed=3, round_idx=r) for r in range(4)]
+    assert cohorts == [cohorts[0]] * 4
+    drawn = {SingleClient().cohort(5, seed=seed, round_idx=0)[0] for seed in range(60)}
+    assert drawn == set(range(5))
+    assert SingleClient(2).cohort(5, seed=0, round_idx=9) == [2]
+
+
+def test_a_single_client_must_be_one_of_them() -> None:
+    with pytest.raises(ValueError, match=r"must be in \[0, 4\] for 5 clients, got 5"):
+        SingleClient(5).cohort(5, seed=0, round_idx=0)

@@ -10,17 +10,21 @@ import torch
 from torch import Tensor
 
 from fedsp.aggregation import StreamingMean
-from fedsp.auxiliary import KeptLayers
+from fedsp.auxiliary import KeptLayers, SharedCell
 from fedsp.callbacks import FederatedCallback
 from fedsp.client import ClientModule
+from fedsp.distillation import Distillation
 from fedsp.federation import Communication
 from fedsp.history import Evaluation
 from fedsp.ledger import read_ledger
 from fedsp.messages import ClientUpdate, MessageError, encode
+from fedsp.recipes import OffsiteTuning, WholeModel
 from fedsp.sampling import UniformSampler
+from fedsp.server import SoftPromptSpec
 from fedsp.stages import Stage
 from fedsp.state_files import load_state
 from fedsp.trainer import FederatedTrainer
+from fedsp.tuned import AllWeights, LoRA, OuterLayers
 from tiny import adamw, fit, make_client, make_data, make_server, make_trainer
 
 
@@ -284,6 +288,43 @@ def test_a_server_optimizer_resumes_to_the_same_bits(tmp_path: Path) -> None:
         _state(tmp_path / "whole")["tree"]["federation"],
         _state(tmp_path / "cut")["tree"]["federation"],
     )
+
+
+WEIGHT_METHODS: dict[str, dict[str, Any]] = {
+    "LoRA": {"tuned_weights": LoRA(rank=2), "auxiliary": WholeModel()},
+    "adapters": {"tuned_weights": OuterLayers(1), "auxiliary": OffsiteTuning(1, 1)},
+    "small model": {
+        "tuned_weights": AllWeights(),
+        "auxiliary": SharedCell(train_embeddings=True),
+        "deploy_auxiliary": True,
+    },
+}
+
+
+@pytest.mark.parametrize("method", WEIGHT_METHODS)
+def test_tuned_weights_resume_to_the_same_bits(tmp_path: Path, method: str) -> None:
+    def options() -> dict[str, Any]:
+        settings = WEIGHT_METHODS[method]
+        taught = settings["auxiliary"].is_taught
+        return {
+            "server": make_server(
+                tmp_path,
+                soft_prompt=SoftPromptSpec(num_virtual_tokens=0),
+                initial_distillation=Distillation(Stage(steps=2), cache_dir="") if taught else None,
+                **settings,
+            ),
+            "client": make_client(auxiliary=Stage(steps=0)),
+            "server_optimizer": lambda p: torch.optim.Adam(p, lr=0.01),
+        }
+
+    fit(tmp_path, tmp_path / "whole", **options())
+    with pytest.raises(KeyboardInterrupt):
+        fit(tmp_path, tmp_path / "cut", callbacks=[Interrupt("on_client_end", 1)], **options())
+    listen = [FederatedCallback()]
+    fit(tmp_path, tmp_path / "cut", ckpt_path="last", callbacks=listen, **options())
+    whole, cut = (_state(tmp_path / name)["tree"] for name in ("whole", "cut"))
+    assert _equal(whole["federation"], cut["federation"])
+    assert _equal(whole["history"], cut["history"])
 
 
 def test_a_used_run_folder_is_refused_and_left_alone(tmp_path: Path) -> None:

@@ -229,8 +229,10 @@ class ServerModule(LightningModule):
         """Give the global model as it was before anything was tuned, for the time of a block."""
         tuned = weights_payload(self._weights)
         load_weights(self._weights, self._initial_weights)
-        yield self.require_model()[0]
-        load_weights(self._weights, tuned)
+        try:
+            yield self.require_model()[0]
+        finally:
+            load_weights(self._weights, tuned)
 
     def prefix(self) -> Tensor:
         """Return [L, 2, K, P, D], the prompt as the deployed model reads it."""
