@@ -33,7 +33,9 @@ def run(folder: Path, method: str, *options: str, **changes: Any) -> Path:
     config = make_config(folder)
     for name in ("sampler", "aggregator", "server_optimizer", "callbacks"):
         del config["trainer"][name]
-    config = changed(config, {"client.init_args.auxiliary.steps": 0, **changes})
+    # as in the quickstart, over which the methods are meant to be laid
+    pool = {"model.init_args.initial_distillation.prompts": {"rounds": 1}}
+    config = changed(config, {"client.init_args.auxiliary.steps": 0, **pool, **changes})
     base = write_config(folder / "base.yaml", config)
     place = ["--trainer.num_rounds=0" if method == "zero_shot" else "--trainer.num_rounds=1"]
     outcome = command("fit", "--config", base, "--method", method, *place, *options)
@@ -100,6 +102,11 @@ def test_centralised_training_sees_everybodys_rows(tmp_path: Path) -> None:
             "`model.initial_distillation.stage.steps` must be 0 for",
         ),
         ("offsite_tuning", ["--model.backbone.dtype=bfloat16"], "must be float32"),
+        (
+            "offsite_tuning",
+            ["--model.initial_distillation.prompts.rounds=1"],
+            "`model.initial_distillation.prompts` teaches to read prompts",
+        ),
         (
             "fedlora",
             ["--trainer.callbacks=fedsp.baseline.ServerOnlyBaseline"],

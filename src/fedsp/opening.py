@@ -152,6 +152,11 @@ def _check_method(
             "needs `model.training.steps` above 0, and `data.server` or `data.pool_clients: true`."
         )
     recipe, distillation = server.auxiliary_recipe, server.initial_distillation
+    if distillation and distillation.prompts and not server.prompt_spec.num_virtual_tokens:
+        raise ValueError(
+            "`model.initial_distillation.prompts` teaches to read prompts, and "
+            "`model.soft_prompt.num_virtual_tokens` is 0. Set it to null."
+        )
     if recipe.is_taught:
         return
     for option, steps in (
