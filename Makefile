@@ -24,7 +24,7 @@ BENCHMARKS := $(sort $(wildcard benchmarks/bench_*.py))
 help:  ## show this list
 	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "  make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
-quickstart: $(VENV)/.installed  ## install, then run FedSP on the embedded model and text (about 2 minutes)
+quickstart: $(VENV)/.installed  ## install, then run FedSP on the embedded model and text (a few minutes)
 	$(BIN)/fedsp fit --config configs/quickstart.yaml --trainer.run_dir $(RUN_DIR) $(ARGS)
 
 test: $(VENV)/.installed-dev  ## install with the development tools, then run the tests with coverage
