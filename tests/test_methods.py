@@ -102,6 +102,7 @@ def test_centralised_training_sees_everybodys_rows(tmp_path: Path) -> None:
             "`model.initial_distillation.stage.steps` must be 0 for",
         ),
         ("offsite_tuning", ["--model.backbone.dtype=bfloat16"], "must be float32"),
+        ("fedsp", ["--model.deploy_auxiliary=true"], "vocabulary gives other tokens no likelihood"),
         (
             "offsite_tuning",
             ["--model.initial_distillation.prompts.rounds=1"],

@@ -10,6 +10,7 @@ import torch
 
 from commands import changed, command, make_config, of_class, write_config
 from fedsp.auxiliary import KeptLayers
+from fedsp.compression import TrimmedVocabulary
 from fedsp.privacy_report import ModelPrivacy, compare_tensors, lead, leaked_share
 from fedsp.stages import Stage
 from fedsp.state_files import load_state
@@ -186,6 +187,16 @@ def test_a_report_without_a_test_split_is_refused_before_the_rounds(tmp_path: Pa
     trainer = make_trainer(tmp_path / "run", callbacks=[ModelPrivacy()])
     with pytest.raises(ValueError, match=r"ModelPrivacy measures on the test split, but `data.te"):
         trainer.fit(make_server(tmp_path), make_client(), make_data(tmp_path, test=None))
+
+
+def test_a_trimmed_vocabulary_is_not_compared(tmp_path: Path) -> None:
+    recipe = TrimmedVocabulary(KeptLayers(num_layers=2), num_tokens=9)
+    server = make_server(tmp_path, auxiliary=recipe)
+    fit(tmp_path, tmp_path / "run", server=server, callbacks=[ModelPrivacy()], num_rounds=1)
+    report = json.loads((tmp_path / "run" / "privacy.json").read_text())
+    assert report["known_tokens_only"] is True
+    assert report["leaked"] == {"loss": None}
+    assert report["gap_closed"] == {"loss": None}
 
 
 def test_rows_of_a_trimmed_table_are_the_global_models_own() -> None:

@@ -166,10 +166,12 @@ class Auxiliary(nn.Module):
 class AuxiliaryRecipe(ABC):
     """Which of the global model's layers an auxiliary model is made of.
 
-    `is_taught` is False where it has no parameters of its own to be trained.
+    `is_taught` is False where it has no parameters of its own to be trained, `knows_all_tokens`
+    where some tokens have no likelihood under it.
     """
 
     is_taught = True
+    knows_all_tokens = True
 
     def __init__(self, train_embeddings: bool = False) -> None:
         """Keep what all recipes share.

@@ -23,6 +23,8 @@ class _Wrapper(AuxiliaryRecipe):
         super().__init__(recipe.train_embeddings)
         self.recipe = recipe
 
+        self.knows_all_tokens = recipe.knows_all_tokens
+
     def sources(self, num_layers: int) -> list[int]:
         """Return the wrapped recipe's; see `AuxiliaryRecipe.sources`."""
         return self.recipe.sources(num_layers)
@@ -61,6 +63,7 @@ class TrimmedVocabulary(_Wrapper):
                 "token there is nothing to predict."
             )
         self.num_tokens = num_tokens
+        self.knows_all_tokens = False
 
     def build(self, backbone: Backbone, token_counts: Tensor | None = None) -> Auxiliary:
         """Build the wrapped recipe's model and cut its tables; see `AuxiliaryRecipe.build`.

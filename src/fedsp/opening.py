@@ -157,6 +157,12 @@ def _check_method(
             "`model.initial_distillation.prompts` teaches to read prompts, and "
             "`model.soft_prompt.num_virtual_tokens` is 0. Set it to null."
         )
+    if server.deploy_auxiliary and not recipe.knows_all_tokens:
+        raise ValueError(
+            "`model.deploy_auxiliary` measures the auxiliary model, and one of a trimmed "
+            "vocabulary gives other tokens no likelihood: its loss would leave them out. Choose "
+            "`model.auxiliary` without TrimmedVocabulary, such as fedsp.compression.LowRank."
+        )
     if recipe.is_taught:
         return
     for option, steps in (

@@ -135,6 +135,8 @@ def _shares(
 ) -> dict[str, float | None]:
     """Return the leaked share of every metric that can be guessed, for one of the four sides."""
     metrics, server = report["metrics"][side], report["metrics"]["global_prompt"]
+    if report["known_tokens_only"] and side.startswith("auxiliary"):
+        return dict.fromkeys(report["guessing"])
     return {
         name: leaked_share(
             lead(name, metrics[name], guessing[name]), lead(name, server[name], guessing[name])
@@ -184,6 +186,8 @@ def measure_privacy(trainer: Any) -> dict[str, Any]:
     tables = {} if vocabulary is None else _tables(tensors, handout, vocabulary.kept.long())
     held = compare_tensors(handout, tensors, tables)
     report: dict[str, Any] = {"split": "test", "metrics": metrics, "guessing": guessing}
+    # a trimmed vocabulary gives other tokens no likelihood at all: its figures leave them out
+    report["known_tokens_only"] = vocabulary is not None
     report["leaked"] = _shares(report, "auxiliary_prompt", guessing)
     report["gap_closed"] = _shares(report, "auxiliary_prompt", metrics["auxiliary"])
     report["prompt_gain"] = {
@@ -258,6 +262,11 @@ def summary(report: Mapping[str, Any]) -> str:
     console = Console(file=out, width=100, color_system=None)
     console.print(table)
     console.print()
+    if report["known_tokens_only"]:
+        console.print(
+            "the auxiliary model's figures leave out tokens that its vocabulary lacks, so"
+        )
+        console.print("that they cannot be compared with the global model's", highlight=False)
     for line in _held_lines(report["held"]):
         console.print(line, highlight=False)
     return out.getvalue().rstrip()
