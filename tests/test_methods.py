@@ -102,7 +102,15 @@ def test_centralised_training_sees_everybodys_rows(tmp_path: Path) -> None:
             "`model.initial_distillation.stage.steps` must be 0 for",
         ),
         ("offsite_tuning", ["--model.backbone.dtype=bfloat16"], "must be float32"),
-        ("fedsp", ["--model.deploy_auxiliary=true"], "vocabulary gives other tokens no likelihood"),
+        (
+            "local_only",
+            [
+                "--model.auxiliary=fedsp.compression.TrimmedVocabulary",
+                "--model.auxiliary.num_tokens=9",
+                "--model.auxiliary.recipe=fedsp.auxiliary.SharedCell",
+            ],
+            "vocabulary gives other tokens no likelihood",
+        ),
         (
             "offsite_tuning",
             ["--model.initial_distillation.prompts.rounds=1"],
