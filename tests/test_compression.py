@@ -1,8 +1,11 @@
 """Smaller auxiliary models against the full ones: equal where nothing is lost, counted by hand."""
 
+from typing import Any
+
 import pytest
 import torch
 from torch import Tensor
+from transformers.pytorch_utils import Conv1D
 
 from families import FAMILIES, random_prefix, tiny_backbone
 from fedsp.auxiliary import AuxiliaryRecipe, KeptLayers, SharedCell
@@ -114,6 +117,42 @@ def test_low_rank_is_the_truncated_svd_of_every_projection(
     assert thin.num_parameters() < truth.num_parameters()
 
 
+@EVERY_FAMILY
+def test_calibrated_it_is_the_best_of_its_rank_for_the_inputs_that_occur(family: str) -> None:
+    """Oracle: Eckart and Young on the outputs themselves, as recorded in the global model."""
+    backbone, rank = tiny_backbone(family), 3
+    recipe = LowRank(rank, calibration_batches=2)
+    auxiliary, prefix = recipe.build(backbone), random_prefix(backbone, P)
+    batches = [text(range(3, 60), rows=4), text(range(3, 60), rows=2, length=6)]
+    batches[0]["attention_mask"][0, 7:] = 0
+    layer = dict(backbone.layers[1].named_modules())
+    thin = dict(auxiliary.backbone.layers[1].named_modules())
+    names = [name for name, module in thin.items() if hasattr(module, "down")]
+    seen: dict[str, list[Tensor]] = {name: [] for name in names}
+    real = Tensor()
+
+    def keep(name: str) -> Any:
+        return lambda _, args: seen[name].append(args[0].flatten(0, -2)[real.flatten()].double())
+
+    hooks = [layer[name].register_forward_pre_hook(keep(name)) for name in names]
+    for batch in batches:
+        real = batch["attention_mask"].bool()
+        with torch.no_grad():
+            backbone.hidden_states(batch["input_ids"], batch["attention_mask"], prefix)
+    for hook in hooks:
+        hook.remove()
+    recipe.calibrate(auxiliary, backbone, batches, prefix)
+    assert len(names) >= 2
+    for name in names:
+        inputs = torch.cat(seen[name])
+        weight = layer[name].weight.double()
+        outputs = inputs @ (weight if isinstance(layer[name], Conv1D) else weight.T)
+        # of the outputs, no map of rank r gives more than their first r principal directions
+        fewest = torch.linalg.svdvals(outputs)[rank:].pow(2).sum()
+        got = inputs @ (thin[name].up @ thin[name].down).double().T
+        assert (got - outputs).pow(2).sum() <= fewest * 1.001 + 1e-6 * outputs.pow(2).sum()
+
+
 def test_low_rank_keeps_sharing_and_what_it_would_not_shrink() -> None:
     backbone = tiny_backbone("gpt2")
     shared = LowRank(2, SharedCell()).build(backbone)
@@ -130,5 +169,7 @@ def test_what_makes_no_model_is_refused() -> None:
         TrimmedVocabulary(SharedCell(), 1)
     with pytest.raises(ValueError, match=r"`model.auxiliary.rank` must be at least 1"):
         LowRank(0, SharedCell())
+    with pytest.raises(ValueError, match=r"`model.auxiliary.calibration_batches` must be at least"):
+        LowRank(1, calibration_batches=-1)
     with pytest.raises(ValueError, match=r"`data.server` and `data.public` are null"):
         TrimmedVocabulary(SharedCell(), 5).build(tiny_backbone("gpt2"))

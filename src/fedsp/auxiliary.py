@@ -7,7 +7,7 @@ Axis letters: L layers of the global model, P virtual tokens.
 
 import copy
 from abc import ABC, abstractmethod
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from typing import Any
 
 import torch
@@ -167,11 +167,13 @@ class AuxiliaryRecipe(ABC):
     """Which of the global model's layers an auxiliary model is made of.
 
     `is_taught` is False where it has no parameters of its own to be trained, `knows_all_tokens`
-    where some tokens have no likelihood under it.
+    where some tokens have no likelihood under it, `calibration_batches` tells how many batches of
+    public data `calibrate` asks for.
     """
 
     is_taught = True
     knows_all_tokens = True
+    calibration_batches = 0
 
     def __init__(self, train_embeddings: bool = False) -> None:
         """Keep what all recipes share.
@@ -234,6 +236,24 @@ class AuxiliaryRecipe(ABC):
         sources, slots = self.sources(num_layers), self.slots(num_layers)
         derived = _derive(backbone, sources, self.shared(backbone))
         return Auxiliary(derived, slots, sources, _count(backbone.model.parameters()))
+
+    def calibrate(  # noqa: B027 - most recipes have nothing to fit
+        self,
+        auxiliary: Auxiliary,
+        backbone: Backbone,
+        batches: Iterable[dict[str, Tensor]],
+        prefix: Tensor,
+    ) -> None:
+        """Fit what was built to what the global model computes, without training.
+
+        By default nothing is done.
+
+        Args:
+            auxiliary: As `build` returned it; changed in place.
+            backbone: The global model.
+            batches: `calibration_batches` public batches on its device.
+            prefix: [L, 2, K, P, D] soft prompt that the global model reads before them.
+        """
 
 
 class SharedCell(AuxiliaryRecipe):

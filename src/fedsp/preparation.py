@@ -36,7 +36,8 @@ class Preparation:
 
     Args:
         auxiliary: Ready for the clients.
-        before: Quality before the distillation; None without data to measure it on.
+        before: Quality before the distillation; None without data to measure it on, or where the
+            cache had the distilled model.
         after: Quality after it; the same as `before` where there was none.
         cached: The distilled weights were found and not made.
     """
@@ -96,19 +97,21 @@ def prepare_auxiliary(
         before, after = _qualities(state)
         _warn_if_poor(after)
         return Preparation(auxiliary, before, after, cached=True)
-    before = after = _measure(fabric, server, auxiliary, data)
-    cached = False
-    unfinished = kept.with_suffix(".unfinished")
     spec = server.initial_distillation
-    if spec is not None and spec.stage.steps:
-        artefact = _artefact(spec, key)
-        cached = artefact is not None and _load(artefact, auxiliary)
-        if not cached:
+    teaches = spec is not None and spec.stage.steps > 0
+    artefact = _artefact(spec, key) if spec is not None and teaches else None
+    cached = artefact is not None and _load(artefact, auxiliary)
+    unfinished = kept.with_suffix(".unfinished")
+    before = None
+    if not cached:
+        _calibrate(fabric, server, auxiliary, data)
+        before = _measure(fabric, server, auxiliary, data)
+        if teaches:
             _teach(fabric, server, auxiliary, data, trainer, unfinished=unfinished, key=key)
-            if artefact is not None:
-                _store(artefact, auxiliary)
-        # measured, not cached with the weights: the server's data may be another run's
-        after = _measure(fabric, server, auxiliary, data)
+        if artefact is not None:
+            _store(artefact, auxiliary)
+    # measured, not cached with the weights: the server's data may be another run's
+    after = _measure(fabric, server, auxiliary, data) if teaches else before
     qualities = [q and asdict(q) for q in (before, after)]
     save_state(kept, {"key": key, "weights": auxiliary.state(), "quality": qualities})
     unfinished.unlink(missing_ok=True)
@@ -146,6 +149,20 @@ def _derive(fabric: Fabric, server: ServerModule, data: FederatedDataModule) -> 
     return auxiliary
 
 
+def _calibrate(
+    fabric: Fabric, server: ServerModule, auxiliary: Auxiliary, data: FederatedDataModule
+) -> None:
+    """Let the recipe fit its model to the global one on public data, behind the initial prompt."""
+    recipe = server.auxiliary_recipe
+    if not recipe.calibration_batches or not data.num_examples("public"):
+        return
+    backbone, prompt = server.require_model()
+    loader = data.public_dataloader(start_step=0, num_steps=recipe.calibration_batches)
+    with torch.no_grad(), fabric.autocast():
+        batches = (fabric.to_device(batch) for batch in loader)
+        recipe.calibrate(auxiliary, backbone, batches, prompt.prefix())
+
+
 def check_handed_out(kept: Path) -> None:
     """Refuse a run folder without the auxiliary model.
 
@@ -175,8 +192,9 @@ def _key(
         "precision": trainer.precision,
     }
     spec = server.initial_distillation or Distillation(Stage(steps=0))
-    if spec.prompts is not None:
+    if spec.prompts is not None or server.auxiliary_recipe.calibration_batches:
         facts["initial_prompt"] = prompt.prefix().cpu().numpy().tobytes().hex()
+    if spec.prompts is not None:
         facts["server"] = data.fingerprint("server") if data.num_examples("server") else None
         facts["training"] = describe_stage(server.training_stage)
     return cache_key(backbone, spec, facts)

@@ -116,7 +116,7 @@ def quality_rows(preparation: Any) -> Rows:
         preparation: The trainer's `Preparation`.
     """
     before, after = preparation.before, preparation.after
-    if before is None or after is None:
+    if after is None:
         return [("quality", "not measured: `data.server` and `data.public` are null")]
     distilled = before != after
     names = {
@@ -128,10 +128,10 @@ def quality_rows(preparation: Any) -> Rows:
     }
     rows = []
     for label, name in names.items():
-        first, last = getattr(before, name), getattr(after, name)
-        if first is None or last is None:
+        first, last = getattr(before, name, None), getattr(after, name)
+        if last is None:
             continue
-        text = f"{first:.4f} -> {last:.4f}" if distilled else f"{last:.4f}"
+        text = f"{last:.4f}" if first is None or not distilled else f"{first:.4f} -> {last:.4f}"
         rows.append((label, text))
     rows[0] = ("LM loss", f"{rows[0][1]}   (global model: {after.global_lm_loss:.4f})")
     how = "no" if not distilled else "found in the cache" if preparation.cached else "just now"
