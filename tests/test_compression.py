@@ -44,6 +44,9 @@ def test_on_kept_tokens_it_is_the_full_model_and_scores_only_them(
     expected, ids, _ = backbone.label_logits(batch, prefix)
     assert (got - expected[:, 5:25]).abs().max() < 1e-5
     assert torch.equal(targets, ids - 5)
+    hidden = backbone.hidden_states(batch["input_ids"], batch["attention_mask"], prefix)
+    part = backbone.logits(hidden, small.backbone.known_tokens)
+    assert (part - backbone.logits(hidden)[..., 5:25]).abs().max() < 1e-5
     table = small.backbone.model.get_input_embeddings().weight
     assert any(table is p for p in small.trainable().values()) == train_embeddings
 

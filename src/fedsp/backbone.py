@@ -137,17 +137,23 @@ class Backbone(nn.Module):
         hidden = self._run(text, mask, cache, start)
         return hidden.gather(1, back[:, :, None].expand_as(hidden))
 
-    def logits(self, hidden: Tensor) -> Tensor:
-        """Score the vocabulary.
+    def logits(self, hidden: Tensor, tokens: Tensor | None = None) -> Tensor:
+        """Score the vocabulary, or a part of it.
 
         Args:
             hidden: [..., E] last hidden states.
+            tokens: [n] rows of the head to be scored; None is all of them.
 
         Returns:
-            [..., V] logits in the head's dtype.
+            [..., V] or [..., n] logits in the head's dtype.
         """
-        head = self.model.get_output_embeddings()
-        logits = head(hidden.to(head.weight.dtype))
+        head: Any = self.model.get_output_embeddings()
+        hidden = hidden.to(head.weight.dtype)
+        if tokens is None:
+            logits = head(hidden)
+        else:
+            bias = None if head.bias is None else head.bias[tokens]
+            logits = F.linear(hidden, head.weight[tokens], bias)
         cap = text_option(self.model, "final_logit_softcapping")
         return logits if cap is None else torch.tanh(logits / cap) * cap
 
@@ -207,6 +213,11 @@ class Backbone(nn.Module):
     def own_labels(self, labels: Tensor) -> Tensor:
         """Return labels as this model's rows: [B, T] int64, -100 where it has none to predict."""
         return labels if self.vocabulary is None else self.vocabulary.labels(labels)
+
+    @property
+    def known_tokens(self) -> Tensor | None:
+        """[n] tokens that this model scores; None where it has the full vocabulary."""
+        return None if self.vocabulary is None else self.vocabulary.kept
 
     def own_logits(self, logits: Tensor) -> Tensor:
         """Return a full model's [..., V] logits of those tokens that this model scores."""

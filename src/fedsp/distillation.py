@@ -127,7 +127,7 @@ class Distillation:
         student_logits = student.logits(student_hidden[positions])
         if self.logit_weight:
             with torch.no_grad():
-                teacher_logits = student.own_logits(teacher.logits(teacher_hidden[positions]))
+                teacher_logits = teacher.logits(teacher_hidden[positions], student.known_tokens)
             divergence = kd_loss(student_logits, teacher_logits, self.kd_temperature)
             total = total + self.logit_weight * divergence
         if self.lm_weight:

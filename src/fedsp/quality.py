@@ -93,7 +93,7 @@ def measure_quality(
         hidden = [model.hidden_states(ids, mask) for model in (teacher, student)]
         values = [relative_hidden_error(hidden[1], hidden[0], mask.bool()) * tokens]
         if count:
-            taught = student.own_logits(teacher.logits(hidden[0][rows, columns]))
+            taught = teacher.logits(hidden[0][rows, columns], student.known_tokens)
             own = student.logits(hidden[1][rows, columns])
             wanted, full = _prompt_gradient(teacher, batch, prefix)
             got, prompted = _prompt_gradient(student, batch, pool_layers(prefix, slots))
