@@ -9,6 +9,7 @@ from typing import Any, Literal
 
 from lightning.fabric import Fabric
 
+from fedsp.acceptance import Acceptance
 from fedsp.aggregation import Aggregator, ServerOptimizer
 from fedsp.data import FederatedDataModule
 from fedsp.executors import Executor, Reply
@@ -63,11 +64,13 @@ class Rules:
         communication: What travels.
         aggregator: Combines the updates.
         server_optimizer: Steps the server's prompt towards the aggregate.
+        acceptance: Decides how far the server goes along that step; None goes all the way.
     """
 
     communication: Communication
     aggregator: Aggregator
     server_optimizer: ServerOptimizer
+    acceptance: Acceptance | None = None
 
     def contract(self, payload: Payload) -> Contract:
         """Return what a message that holds such a payload has to be."""
@@ -155,16 +158,24 @@ class Federation:
             else:
                 aggregator.add(update)
                 call("on_update_accepted", round_idx, reply.client_id, update.payload, reference)
+        accepted: dict[str, float] = {}
         fewest = max(self.rules.communication.min_updates, aggregator.min_updates)
         if len(replies) - rejected >= fewest:
             # what rounding for the wire took off the payload is no client's doing: it stays
             aggregate = add(aggregator.result(), subtract(self.broadcast, reference))
-            self._adopt(self.rules.server_optimizer.step(self.broadcast, aggregate))
+            payload = self.rules.server_optimizer.step(self.broadcast, aggregate)
+            if self.rules.acceptance is not None:
+                payload, fraction = self.rules.acceptance.choose(
+                    self.fabric, self.server, self.data, self.broadcast, payload
+                )
+                accepted = {"server/accepted_fraction": fraction}
+            self._adopt(payload)
             call("on_aggregate_end", round_idx, self.broadcast)
         return {
             "round/clients": float(len(replies)),
             "round/rejected_updates": float(rejected),
             "round/client_seconds": time.perf_counter() - started,
+            **accepted,
             **_client_losses(replies),
         }
 

@@ -11,6 +11,7 @@ from lightning.fabric.plugins import CheckpointIO, ClusterEnvironment, Precision
 from lightning.fabric.strategies import Strategy
 from lightning.pytorch.cli import OptimizerCallable
 
+from fedsp.acceptance import Acceptance
 from fedsp.aggregation import Aggregator, ServerOptimizer, StreamingMean
 from fedsp.callbacks import FederatedCallback
 from fedsp.checkpoint import Checkpoints, RunState
@@ -78,6 +79,7 @@ class FederatedTrainer:
         sampler: ClientSampler | None = None,
         aggregator: Aggregator | None = None,
         server_optimizer: OptimizerCallable | None = None,
+        acceptance: Acceptance | None = None,
         communication: Communication = Communication(),
         evaluation: Evaluation = Evaluation(),
         seed: int | None = None,
@@ -104,6 +106,8 @@ class FederatedTrainer:
             aggregator: Combines the updates; null averages them.
             server_optimizer: Any `torch.optim` class, stepped on the pseudo-gradient (FedAvgM,
                 FedAdam, ...); null takes the aggregate as it is (FedAvg).
+            acceptance: Measures how much of the clients' step helps the global model, and takes
+                that much; null takes all of it.
             communication: What travels, and what is done with it.
             evaluation: When to measure on the selection split, what picks the best round, when to
                 stop.
@@ -146,7 +150,10 @@ class FederatedTrainer:
         self.num_rounds = num_rounds
         self.sampler = sampler or UniformSampler()
         self.rules = Rules(
-            communication, aggregator or StreamingMean(), ServerOptimizer(server_optimizer)
+            communication,
+            aggregator or StreamingMean(),
+            ServerOptimizer(server_optimizer),
+            acceptance,
         )
         self.history = History(evaluation)
         self.seed = seed or 0
@@ -386,6 +393,8 @@ class FederatedTrainer:
         """Make the last checks, then create the run's files: from here on a run can be resumed."""
         cohort = self.sampler.cohort(self.data.num_clients, seed=self.seed, round_idx=0)
         self.rules.aggregator.check(len(cohort))
+        if self.rules.acceptance is not None:
+            self.rules.acceptance.check(self.data)
         evaluation = self.history.evaluation
         check_run(self.server, client, self.data, cohort=cohort, evaluation=evaluation)
         # a logger that is not installed must leave no folder behind that looks like a run

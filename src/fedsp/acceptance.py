@@ -1,0 +1,86 @@
+"""How much of the cohort's aggregate the server takes: as much as its own measurement bears out."""
+
+from collections.abc import Sequence
+from itertools import islice
+
+from lightning.fabric import Fabric
+
+from fedsp.data import FederatedDataModule
+from fedsp.payload import Payload
+from fedsp.phases import evaluate
+from fedsp.server import ServerModule
+
+
+class Acceptance:
+    """A line search between what was broadcast and what the cohort made of it.
+
+    Clients with a small auxiliary model pull the prompt towards what suits that model: a help at
+    first and a hindrance near the end. The global model on the selection split tells which it is.
+    """
+
+    def __init__(
+        self, fractions: Sequence[float] = (0.0, 0.25, 0.5, 1.0), num_batches: int | None = None
+    ) -> None:
+        """Choose the points of the search.
+
+        Args:
+            fractions: Shares of the step that are measured, in [0, 1]; of equals the first wins.
+            num_batches: Batches of the selection split that each is measured on; null takes all.
+
+        Raises:
+            ValueError: If a fraction lies outside [0, 1], none is given, or `num_batches` is below
+                1.
+        """
+        if not fractions or not all(0 <= fraction <= 1 for fraction in fractions):
+            raise ValueError(
+                "`trainer.acceptance.fractions` must be numbers in [0, 1], at least one, got "
+                f"{list(fractions)}."
+            )
+        if num_batches is not None and num_batches < 1:
+            raise ValueError(
+                f"`trainer.acceptance.num_batches` must be at least 1 or null, got {num_batches}."
+            )
+        self.fractions, self.num_batches = tuple(fractions), num_batches
+
+    def check(self, data: FederatedDataModule) -> None:
+        """Refuse data that nothing can be measured on.
+
+        Raises:
+            ValueError: If there is no selection split.
+        """
+        if not data.num_examples("selection"):
+            raise ValueError(
+                "`trainer.acceptance` measures on the selection split, but `data.selection` is "
+                "null. Give one, or set `trainer.acceptance` to null."
+            )
+
+    def choose(
+        self,
+        fabric: Fabric,
+        server: ServerModule,
+        data: FederatedDataModule,
+        before: Payload,
+        after: Payload,
+    ) -> tuple[Payload, float]:
+        """Measure every point and return the one with the lowest loss.
+
+        Args:
+            fabric: Where to run.
+            server: Measures; it is left with the last point loaded.
+            data: Gives the selection split.
+            before: What was broadcast.
+            after: What the aggregate would make of it.
+
+        Returns:
+            The chosen payload and its fraction of the step.
+        """
+        server.eval()
+        points = []
+        for fraction in self.fractions:
+            payload = {name: before[name].lerp(after[name], fraction) for name in before}
+            server.load_payload(payload)
+            batches = islice(data.val_dataloader(), self.num_batches)
+            loss = evaluate(fabric, server.validation_step, batches)["loss"]
+            points.append((loss, payload, fraction))
+        _, payload, fraction = min(points, key=lambda point: point[0])
+        return payload, fraction
