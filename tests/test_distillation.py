@@ -129,6 +129,19 @@ def test_of_many_label_positions_a_random_subset_from_the_generator_counts(
     assert [draw(again) for _ in range(5)] == drawn[:5]
 
 
+def test_all_tokens_are_learned_from_where_that_is_wanted(
+    teacher: Backbone, student: Backbone, batch: dict[str, Tensor]
+) -> None:
+    """Oracle: the loss that transformers' own model gives with every real token as a label."""
+    real = torch.where(batch["attention_mask"].bool(), batch["input_ids"], -100)
+    expected = student.model(
+        batch["input_ids"], attention_mask=batch["attention_mask"], labels=real, use_cache=False
+    ).loss
+    settings = spec(hidden_weight=0.0, lm_weight=1.0, all_tokens=True, max_logit_tokens=10_000)
+    got = settings.loss(teacher, student, batch, torch.Generator())
+    torch.testing.assert_close(got, expected, atol=1e-5, rtol=1e-5)
+
+
 def test_few_label_positions_are_all_taken_without_a_draw(
     teacher: Backbone, student: Backbone, batch: dict[str, Tensor]
 ) -> None:

@@ -19,6 +19,7 @@ from fedsp.prompt_pool import PromptPool
 from fedsp.quality import prompt_gradient_error
 from fedsp.soft_prompt import pool_layers
 from fedsp.stages import Stage
+from fedsp.vocabulary import IGNORED_LABEL
 
 DISTILLATION_STEPS = 1000
 
@@ -39,8 +40,9 @@ class Distillation:
             prompt; counts where there is one.
         prompts: Soft prompts that both models read in front of the public texts; null has none.
         kd_temperature: Softmax temperature of the KL divergence, above 0.
-        max_logit_tokens: Label positions a batch may spend on logits; a random choice is taken of
-            more.
+        all_tokens: Learn from the logits at every token of the public texts, prompts included, and
+            not at those of the right answers only.
+        max_logit_tokens: Positions a batch may spend on logits; a random choice is taken of more.
         cache_dir: Folder of finished auxiliary models, found again by a hash of all that made them;
             null takes `$FEDSP_CACHE` or `~/.cache/fedsp`; an empty string keeps none.
         strict_public_data: Stop where public examples occur in a client's data, instead of warning.
@@ -53,6 +55,7 @@ class Distillation:
     gradient_weight: float = 0.0
     prompts: PromptPool | None = None
     kd_temperature: float = 1.0
+    all_tokens: bool = False
     max_logit_tokens: int = 512
     cache_dir: str | None = None
     strict_public_data: bool = False
@@ -101,7 +104,7 @@ class Distillation:
             teacher: The frozen global model.
             student: The auxiliary model's backbone.
             batch: `input_ids`, `attention_mask` and `labels`, [B, T].
-            generator: Draws the label positions when there are too many.
+            generator: Draws the positions when there are too many.
             prefix: [L, 2, K, P, D] soft prompt that both read; None is none.
             slots: Global layers whose prompt slots each of the student's layers stands for; not
                 used without a prompt.
@@ -121,7 +124,10 @@ class Distillation:
         if self.gradient_weight and prefix is not None:
             error = prompt_gradient_error(teacher, student, batch, prefix, slots)
             total = total + self.gradient_weight * error
-        positions, targets = self._logit_positions(student.own_labels(batch["labels"]), generator)
+        labels = (
+            torch.where(mask.bool(), ids, IGNORED_LABEL) if self.all_tokens else batch["labels"]
+        )
+        positions, targets = self._logit_positions(student.own_labels(labels), generator)
         if not (self.logit_weight or self.lm_weight) or not targets.numel():
             return total
         student_logits = student.logits(student_hidden[positions])
@@ -137,7 +143,7 @@ class Distillation:
     def _logit_positions(
         self, labels: Tensor, generator: torch.Generator
     ) -> tuple[tuple[Tensor, Tensor], Tensor]:
-        rows, columns = torch.nonzero(labels[:, 1:] != -100, as_tuple=True)
+        rows, columns = torch.nonzero(labels[:, 1:] != IGNORED_LABEL, as_tuple=True)
         if rows.numel() > self.max_logit_tokens:
             chosen = torch.randperm(rows.numel(), generator=generator)[: self.max_logit_tokens]
             chosen = chosen.sort().values.to(rows.device)
