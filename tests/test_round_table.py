@@ -5,7 +5,7 @@ import re
 
 import pytest
 
-from fedsp.round_table import ACCURACY, AUXILIARY, BASELINE, RoundTable
+from fedsp.round_table import ACCURACY, AUXILIARY, BASELINE, F1, RoundTable
 
 ROUND = {
     "round/clients": 10.0,
@@ -15,6 +15,7 @@ ROUND = {
     "server/train_loss": 3.25,
     "server/val_loss": 3.125,
     "server/val_accuracy": 0.5125,
+    "server/val_f1": 0.375,
     "baseline/val_loss": 3.2,
     "comm/up_bytes": 42_600.0,
     "comm/down_bytes": 3_940_000.0,
@@ -26,7 +27,7 @@ def test_a_round_shows_every_figure_under_its_heading() -> None:
     table = RoundTable(width=120)
     groups, titles = (line.plain for line in table.header())
     row = table.row("7", ROUND).plain
-    values = "7 10 1 4.1235 3.5000 3.2500 3.1250 51.2% 3.2000 42.6kB 3.94MB 12 s"
+    values = "7 10 1 4.1235 3.5000 3.2500 3.1250 51.2% 37.5% 3.2000 42.6kB 3.94MB 12 s"
     assert row.split() == values.split()
     assert titles.split() == ["round", *(column.title for column in table.columns)]
     ends = [{match.end() for match in re.finditer(r"\S+", line)} for line in (titles, row)]
@@ -57,7 +58,9 @@ def test_what_is_missing_stays_blank_and_keeps_its_place() -> None:
 
 
 @pytest.mark.parametrize("width", [80, 100, 120])
-@pytest.mark.parametrize("without", [(), (ACCURACY,), (ACCURACY, AUXILIARY, BASELINE)])
+@pytest.mark.parametrize(
+    "without", [(), (F1,), (ACCURACY, F1), (ACCURACY, F1, AUXILIARY, BASELINE)]
+)
 def test_lines_fit_the_terminal(width: int, without: tuple) -> None:
     table = RoundTable(width=width, without=without)
     lines = [
@@ -69,9 +72,9 @@ def test_lines_fit_the_terminal(width: int, without: tuple) -> None:
 
 
 def test_eighty_columns_hold_everything_but_accuracy() -> None:
-    assert len(RoundTable(width=80, without=[ACCURACY]).columns) == 10
-    metrics = {column.metric for column in RoundTable(width=80).columns}
-    assert metrics == ROUND.keys() - {"round/rejected_updates", "round/seconds"}
+    assert len(RoundTable(width=80, without=[ACCURACY, F1]).columns) == 10
+    metrics = {column.metric for column in RoundTable(width=80, without=[F1]).columns}
+    assert metrics == ROUND.keys() - {"server/val_f1", "round/rejected_updates", "round/seconds"}
 
 
 def test_losses_stay_in_a_very_narrow_terminal() -> None:

@@ -20,7 +20,7 @@ from fedsp.baseline import ServerOnlyBaseline
 from fedsp.callbacks import FederatedCallback
 from fedsp.display import human_seconds
 from fedsp.report import end_report, next_commands, resume_command
-from fedsp.round_table import ACCURACY, AUXILIARY, BASELINE, RoundTable
+from fedsp.round_table import ACCURACY, AUXILIARY, BASELINE, F1, RoundTable
 from fedsp.summary import start_summary
 
 # a loss is read from the device at most this often: each reading waits for all work before it
@@ -306,6 +306,8 @@ class RichProgress(FederatedCallback):
             without.append(AUXILIARY)
         if "server/val_accuracy" not in history.zero_shot:
             without.append(ACCURACY)
+        if "server/val_f1" not in history.zero_shot:
+            without.append(F1)
         if not any(isinstance(callback, ServerOnlyBaseline) for callback in trainer.callbacks):
             without.append(BASELINE)
         self._table = RoundTable(width=self.console.width, without=without)

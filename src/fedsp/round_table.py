@@ -60,6 +60,7 @@ def _duration(seconds: float) -> str:
 BASELINE = Column("baseline", "val", "baseline/val_loss", 8, _loss)
 AUXILIARY = Column("clients", "aux", "client/auxiliary_loss", 6, _loss, leaves=2)
 ACCURACY = Column("server", "acc", "server/val_accuracy", 6, _percent)
+F1 = Column("server", "f1", "server/val_f1", 6, _percent)
 _ALWAYS = (
     Column("clients", "n", "round/clients", 3, _count, leaves=3),
     Column("clients", "rej", "round/rejected_updates", 3, _count, leaves=5),
@@ -68,6 +69,7 @@ _ALWAYS = (
     Column("server", "train", "server/train_loss", 6, _loss),
     Column("server", "val", "server/val_loss", 6, _loss),
     ACCURACY,
+    F1,
     BASELINE,
     Column("traffic", "up", "comm/up_bytes", 6, _bytes),
     Column("traffic", "down", "comm/down_bytes", 6, _bytes, leaves=1),
