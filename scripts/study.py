@@ -29,12 +29,13 @@ from torch import Tensor
 
 from fedsp.cli import FederatedCLI
 from fedsp.history import Evaluation
-from fedsp.opening import check_run, launch, set_up_data
+from fedsp.opening import check_run, launch, load, set_up_data
 from fedsp.payload import SOFT_PROMPT
 from fedsp.phases import Optimization, _optimize, evaluate
 from fedsp.preparation import fill_pool, prepare_auxiliary
 from fedsp.prompt_pool import PromptPool
 from fedsp.quality import prompt_gradient
+from fedsp.ranks import Ranks
 from fedsp.soft_prompt import pool_layers, spread_layers
 
 PLACE = ["--trainer.accelerator=cpu", "--trainer.devices=1", "--trainer.strategy=auto"]
@@ -62,8 +63,9 @@ class Study:
         self.rules = cli.trainer.rules
         self.rounds = rounds
         self.fabric: Fabric = cli.trainer.fabric
-        launch(self.fabric, self.server)
-        set_up_data(self.server, self.data, "fit")
+        launch(self.fabric)
+        load(self.fabric, self.server)
+        set_up_data(self.fabric, self.server, self.data, "fit")
         check_run(self.server, self.client, self.data, cohort=[0], evaluation=Evaluation())
         self.owner = Quiet(cli.trainer.seed, cli.trainer.precision)
         self.initial = self.server.require_model()[1].prefix()
@@ -113,7 +115,9 @@ class Study:
                 batches = self.data.server_dataloader(
                     start_step=own.batches, num_steps=stage.batches
                 )
-                _optimize(self.fabric, self.server.training_step, prompt, [(stage, own)], batches)
+                _optimize(
+                    self.fabric, self.server.training_step, prompt, [(stage, own)], batches, Ranks()
+                )
             losses.append(self.loss())
             if losses[-1] == min(losses):
                 best = prompt.prefix()
@@ -135,7 +139,9 @@ class Study:
                 states[name] = Optimization(*stage.build(parameters, stage.steps * self.rounds))
             start = sum(state.batches for state in states.values())
             batches = self.pooled(start, stage.batches)
-            _optimize(self.fabric, client.training_step, client, [(stage, states[name])], batches)
+            _optimize(
+                self.fabric, client.training_step, client, [(stage, states[name])], batches, Ranks()
+            )
         client.eval()
         return spread_layers(own.prefix(), auxiliary.slots, prefix)
 

@@ -304,15 +304,6 @@ def test_an_added_token_beyond_the_vocabulary_must_not_pad_texts(
         check_vocabulary(tokenizer, 257, "data.tokenizer")
 
 
-def test_more_processes_than_one_are_refused_before_they_start(
-    fit: Callable[..., Outcome], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr("lightning.fabric.Fabric.launch", lambda *args: pytest.fail("launched"))
-    outcome = fit({"trainer.devices": 2})
-    _assert_refused(outcome, "`trainer.devices` times `trainer.num_nodes` must be 1", "got 2")
-    assert not (tmp_path / "run").exists()
-
-
 def test_cuda_that_is_not_there_is_named(fit: Callable[..., Outcome], tmp_path: Path) -> None:
     if torch.cuda.is_available():
         pytest.skip("a GPU is there")

@@ -18,7 +18,13 @@ class FederatedCallback:
 
     State that must outlast a kill goes through `state_dict` and `load_state_dict`: plain data and
     tensors only.
+
+    Attributes:
+        on_every_rank: Whether each of several processes calls it; what only shows or writes
+            something is for the first one.
     """
+
+    on_every_rank = True
 
     def on_setup_start(self, trainer: Any) -> None:
         """Nothing is loaded; `server` and `data` have their settings only."""

@@ -69,7 +69,7 @@ class Checkpoints:
             OSError: If it cannot be written, as on a full disk; the earlier files stay.
             TypeError: If the state holds something that is neither plain nor a tensor.
         """
-        path = self.directory / _NAME.format(state.round_idx)
+        path = self.path(state.round_idx)
         self._write(path, state)
         rounds = self._rounds()
         older = [idx for idx in rounds if idx < state.round_idx]
@@ -77,6 +77,10 @@ class Checkpoints:
         for round_idx in newer + older[: len(older) - (self.keep - 1)]:
             rounds[round_idx].unlink()
         return path
+
+    def path(self, round_idx: int) -> Path:
+        """Return the file of the checkpoint after so many rounds; it may not exist."""
+        return self.directory / _NAME.format(round_idx)
 
     def save_best(
         self, tree: dict[str, Any], *, round_idx: int = 0, config: dict[str, Any] | None = None

@@ -19,11 +19,13 @@ from typing import Any, NoReturn, TextIO, cast
 import yaml
 from jsonargparse import Namespace, set_parsing_settings
 from lightning.fabric.utilities.exceptions import MisconfigurationException
+from lightning.fabric.utilities.rank_zero import rank_zero_only
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 
 from fedsp.chat import Layout, Manner, converse
 from fedsp.client import ClientModule
 from fedsp.data import FederatedDataModule
+from fedsp.failures import OtherRankFailedError
 from fedsp.pretrained import hide_loading_bar
 from fedsp.run_folder import RunFolder
 from fedsp.server import ServerModule
@@ -33,6 +35,14 @@ from fedsp.trainer import FederatedTrainer
 SUBCOMMANDS = ("fit", "validate", "test", "predict", "export")
 INTERRUPTED = 130
 TERMINATED = 143
+# errors that the user can mend
+REPORTED = (
+    ValueError,
+    OSError,
+    ModuleNotFoundError,
+    MisconfigurationException,
+    OtherRankFailedError,
+)
 SEEDS = ("trainer.seed", "model.init_args.seed", "data.init_args.seed")
 
 
@@ -280,7 +290,7 @@ def main(args: list[str] | None = None) -> None:
                 FederatedCLI(expand_names(arguments))
     except KeyboardInterrupt as interrupt:
         sys.exit(TERMINATED if isinstance(interrupt, Terminated) else INTERRUPTED)
-    except (ValueError, OSError, ModuleNotFoundError, MisconfigurationException) as error:
+    except REPORTED as error:
         if os.environ.get("FEDSP_TRACEBACK"):
             raise
         print(f"fedsp: error: {error}", file=sys.stderr)
@@ -297,8 +307,9 @@ def _show_warning(
     file: TextIO | None = None,
     line: str | None = None,
 ) -> None:
-    """Print what is to be known; where in the code it was found helps only developers."""
-    print(f"fedsp: warning: {message}", file=sys.stderr)
+    """Print what is to be known, once; where in the code it was found helps only developers."""
+    if cast(Any, rank_zero_only).rank == 0:
+        print(f"fedsp: warning: {message}", file=sys.stderr)
 
 
 def _terminate(signum: int, frame: FrameType | None) -> NoReturn:

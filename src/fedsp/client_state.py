@@ -5,6 +5,7 @@ not what the state means, and nothing of the server.
 """
 
 from collections import OrderedDict
+from collections.abc import Mapping
 from pathlib import Path
 
 from fedsp.state_files import (
@@ -28,7 +29,9 @@ class ClientStateStore:
     with any of these checkpoints' versions gives the states that belong to it.
     """
 
-    def __init__(self, directory: Path, max_in_memory_bytes: int = 0, keep: int = 2) -> None:
+    def __init__(
+        self, directory: Path, max_in_memory_bytes: int = 0, keep: int = 2, *, deletes: bool = True
+    ) -> None:
         """Make a store without any state; `restore` brings back what a checkpoint names.
 
         Args:
@@ -36,6 +39,8 @@ class ClientStateStore:
             max_in_memory_bytes: RAM for the states used last, in encoded bytes; 0 keeps none.
             keep: Number of commits whose files stay, at least 1; as many as checkpoints are kept,
                 so that a damaged newest checkpoint has states to fall back to.
+            deletes: Whether this store deletes files that nobody needs; one of the processes that
+                share a folder does.
 
         Raises:
             ValueError: If a number is out of range.
@@ -47,6 +52,7 @@ class ClientStateStore:
         self._directory = directory
         self._max_in_memory_bytes = max_in_memory_bytes
         self._keep = keep
+        self._deletes = deletes
         self._versions: dict[int, int] = {}
         self._committed: list[dict[int, int]] = []
         self._superseded: list[tuple[int, int]] = []
@@ -79,10 +85,19 @@ class ClientStateStore:
             path = self._path(client_id, round_idx)
             path.parent.mkdir(parents=True, exist_ok=True)
             write_bytes_atomically(path, data)
-            if self._versions.get(client_id, round_idx) != round_idx:
-                self._superseded.append((client_id, self._versions[client_id]))
-            self._versions[client_id] = round_idx
+            self._advance(client_id, round_idx)
         self._remember(client_id, data)
+
+    def adopt(self, versions: Mapping[int, int]) -> None:
+        """Take over the states that another process has put into the folder.
+
+        Args:
+            versions: Round of those clients' newest states, by client.
+        """
+        for client_id, round_idx in versions.items():
+            if self._versions.get(client_id) != round_idx:
+                self._memory_bytes -= len(self._memory.pop(client_id, b""))
+                self._advance(client_id, round_idx)
 
     def get(self, client_id: int) -> Tree | None:
         """Give a client's newest state, as a copy that is the caller's own.
@@ -120,7 +135,9 @@ class ClientStateStore:
         dropped, self._committed = window[: -self._keep], window[-self._keep :]
         candidates = self._superseded + [item for versions in dropped for item in versions.items()]
         for client_id, round_idx in candidates:
-            if all(versions.get(client_id) != round_idx for versions in self._committed):
+            if self._deletes and all(
+                versions.get(client_id) != round_idx for versions in self._committed
+            ):
                 self._path(client_id, round_idx).unlink(missing_ok=True)
         self._superseded = []
 
@@ -140,7 +157,7 @@ class ClientStateStore:
             except (FileNotFoundError, ValueError) as error:
                 raise _unreadable(client_id, path, error) from error
         for folder in self._directory.glob("[0-9]*"):
-            if folder.is_dir() and folder.name.isdecimal():
+            if self._deletes and folder.is_dir() and folder.name.isdecimal():
                 self._delete_others(folder, versions.get(int(folder.name)))
         self._versions = dict(versions)
         self._committed = [dict(versions)]
@@ -158,6 +175,11 @@ class ClientStateStore:
 
     def _path(self, client_id: int, round_idx: int) -> Path:
         return self._directory / f"{client_id:06d}" / f"round-{round_idx:06d}.safetensors"
+
+    def _advance(self, client_id: int, round_idx: int) -> None:
+        if self._versions.get(client_id, round_idx) != round_idx:
+            self._superseded.append((client_id, self._versions[client_id]))
+        self._versions[client_id] = round_idx
 
     def _delete_others(self, folder: Path, kept: int | None) -> None:
         remove_temporary_files(folder)

@@ -17,6 +17,8 @@ class WandbDashboard(FederatedCallback):
     drawn over the round by W&B itself.
     """
 
+    on_every_rank = False
+
     def on_fit_start(self, trainer: Any) -> None:
         """Make the round the x-axis.
 

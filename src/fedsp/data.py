@@ -283,6 +283,11 @@ class FederatedDataModule(LightningDataModule):
         """Return the number of a client's training examples."""
         return len(self._client(client_id).store)
 
+    def client_tokens_a_batch(self, client_id: int) -> float:
+        """Return the mean number of text tokens in a client's training batches."""
+        lengths = self._client(client_id).store.lengths()
+        return float(lengths.sum()) / -(-len(lengths) // self.batching.batch_size)
+
     def num_examples(self, split: str) -> int:
         """Return the number of examples of a split, 0 where there is no such split.
 

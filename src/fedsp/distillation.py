@@ -17,6 +17,7 @@ from fedsp.backbone import Backbone
 from fedsp.losses import kd_loss, relative_hidden_error, token_cross_entropy
 from fedsp.prompt_pool import PromptPool
 from fedsp.quality import prompt_gradient_error
+from fedsp.ranks import Ranks
 from fedsp.soft_prompt import pool_layers
 from fedsp.stages import Stage
 from fedsp.vocabulary import IGNORED_LABEL
@@ -97,22 +98,26 @@ class Distillation:
         generator: torch.Generator,
         prefix: Tensor | None = None,
         slots: Sequence[Sequence[int]] = (),
+        ranks: Ranks | None = None,
     ) -> Tensor:
-        """Loss of one public batch.
+        """Loss of one public batch; of several ranks, this one's part of it.
 
         Args:
             teacher: The frozen global model.
             student: The auxiliary model's backbone.
-            batch: `input_ids`, `attention_mask` and `labels`, [B, T].
+            batch: `input_ids`, `attention_mask` and `labels`, [B, T]; the same on every rank.
             generator: Draws the positions when there are too many.
             prefix: [L, 2, K, P, D] soft prompt that both read; None is none.
             slots: Global layers whose prompt slots each of the student's layers stands for; not
                 used without a prompt.
+            ranks: Who shares the batch; None shares it with nobody.
 
         Returns:
             [] scalar in fp32.
         """
-        ids, mask = batch["input_ids"], batch["attention_mask"]
+        ranks = ranks or Ranks()
+        rows = ranks.rows(batch)
+        ids, mask = rows["input_ids"], rows["attention_mask"]
         own_prefix = None if prefix is None else pool_layers(prefix, slots)
         with torch.no_grad():
             teacher_hidden = teacher.hidden_states(ids, mask, prefix)
@@ -120,14 +125,13 @@ class Distillation:
         total = student_hidden.new_zeros((), dtype=torch.float32)
         if self.hidden_weight:
             error = relative_hidden_error(student_hidden, teacher_hidden, mask.bool())
+            error = error * _share_of_squares(ranks, len(batch["labels"]), teacher_hidden, mask)
             total = total + self.hidden_weight * error
         if self.gradient_weight and prefix is not None:
-            error = prompt_gradient_error(teacher, student, batch, prefix, slots)
-            total = total + self.gradient_weight * error
-        labels = (
-            torch.where(mask.bool(), ids, IGNORED_LABEL) if self.all_tokens else batch["labels"]
-        )
-        positions, targets = self._logit_positions(student.own_labels(labels), generator)
+            error = prompt_gradient_error(teacher, student, batch, prefix, slots, ranks)
+            total = total + self.gradient_weight * ranks.once(error)
+        labels = student.own_labels(self._labels(batch))
+        positions, targets, share = self._logit_positions(labels, generator, ranks)
         if not (self.logit_weight or self.lm_weight) or not targets.numel():
             return total
         student_logits = student.logits(student_hidden[positions])
@@ -135,20 +139,48 @@ class Distillation:
             with torch.no_grad():
                 teacher_logits = teacher.logits(teacher_hidden[positions], student.known_tokens)
             divergence = kd_loss(student_logits, teacher_logits, self.kd_temperature)
-            total = total + self.logit_weight * divergence
+            total = total + self.logit_weight * divergence * share
         if self.lm_weight:
-            total = total + self.lm_weight * token_cross_entropy(student_logits, targets).mean()
+            cross_entropy = token_cross_entropy(student_logits, targets).mean()
+            total = total + self.lm_weight * cross_entropy * share
         return total
 
+    def _labels(self, batch: dict[str, Tensor]) -> Tensor:
+        """Return [B, T] what is to be predicted, -100 where nothing is."""
+        if not self.all_tokens:
+            return batch["labels"]
+        return torch.where(batch["attention_mask"].bool(), batch["input_ids"], IGNORED_LABEL)
+
     def _logit_positions(
-        self, labels: Tensor, generator: torch.Generator
-    ) -> tuple[tuple[Tensor, Tensor], Tensor]:
+        self, labels: Tensor, generator: torch.Generator, ranks: Ranks
+    ) -> tuple[tuple[Tensor, Tensor], Tensor, float]:
+        """Return this rank's positions among its rows, their labels, and its share of all."""
         rows, columns = torch.nonzero(labels[:, 1:] != IGNORED_LABEL, as_tuple=True)
         if rows.numel() > self.max_logit_tokens:
             chosen = torch.randperm(rows.numel(), generator=generator)[: self.max_logit_tokens]
             chosen = chosen.sort().values.to(rows.device)
             rows, columns = rows[chosen], columns[chosen]
-        return (rows, columns), labels[rows, columns + 1]
+        num_all = max(1, rows.numel())
+        if ranks.size > 1:
+            is_own = rows % ranks.size == ranks.rank
+            rows, columns = rows[is_own], columns[is_own]
+        targets = labels[rows, columns + 1]
+        return (rows // ranks.size, columns), targets, rows.numel() / num_all
+
+
+def _share_of_squares(ranks: Ranks, num_rows: int, hidden: Tensor, mask: Tensor) -> Tensor | float:
+    """Return the share of a rank's rows in the squares of all, which relative errors weigh by.
+
+    Args:
+        ranks: Who shares the batch.
+        num_rows: Rows of the whole batch.
+        hidden: [B, T, E] states of this rank's rows.
+        mask: [B, T], 1 where a token is text.
+    """
+    if ranks.size == 1:
+        return 1.0
+    squares = hidden[mask.bool()].float().square().sum() * ranks.owns_rows(num_rows)
+    return squares / ranks.sum(squares)
 
 
 def cache_key(teacher: Backbone, spec: Distillation, facts: dict[str, Any]) -> str:

@@ -122,13 +122,14 @@ class InProcessExecutor(Executor):
         broadcast_digest = digest(broadcast)
         for client_id in cohort:
             on_start(client_id)
-            self._hand_out(round_idx, client_id)
+            self.hand_out(round_idx, client_id)
             ledger.record_digest(round_idx, client_id, "down", *broadcast_digest)
-            reply = self._turn(round_idx, client_id, broadcast)
+            reply = self.turn(round_idx, client_id, broadcast)
             ledger.record(round_idx, client_id, "up", reply.data)
             yield reply
 
-    def _turn(self, round_idx: int, client_id: int, broadcast: bytes) -> Reply:
+    def turn(self, round_idx: int, client_id: int, broadcast: bytes) -> Reply:
+        """Let one client work through a round; nothing is written into the ledger."""
         shared, client = self.simulation, self.simulation.client
         kept = shared.store.get(client_id) or {"model": self._initial, "training": {}}
         client.load_private_state(kept["model"])
@@ -148,7 +149,8 @@ class InProcessExecutor(Executor):
         update = client.update(client_id, shared.data.client_num_examples(client_id))
         return Reply(client_id, encode(update, shared.contract.wire_dtype), results)
 
-    def _hand_out(self, round_idx: int, client_id: int) -> None:
+    def hand_out(self, round_idx: int, client_id: int) -> None:
+        """Write the auxiliary model into the ledger, where the client does not have it yet."""
         if client_id in self._handed_out:
             return
         if self._handout is None:

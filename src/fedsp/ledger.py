@@ -52,11 +52,12 @@ class Ledger:
     that never left and is cut off when the file is opened again.
     """
 
-    def __init__(self, path: Path, attempt: int = 0) -> None:
+    def __init__(self, path: Path | None, attempt: int = 0) -> None:
         """Open or create the file.
 
         Args:
-            path: The file; missing folders are made.
+            path: The file; missing folders are made. None only adds up, as the processes beside
+                the one writer do.
             attempt: 0 for a run, one more for each time it is resumed (see `next_attempt`):
                 a round that was repeated shows under both.
 
@@ -66,12 +67,14 @@ class Ledger:
         """
         if attempt < 0:
             raise ValueError(f"`attempt` must be at least 0, got {attempt}")
-        path.parent.mkdir(parents=True, exist_ok=True)
         self.path = path
         self.attempt = attempt
         self._totals: dict[int, dict[str, int]] = defaultdict(lambda: {"up": 0, "down": 0})
-        self._file = os.open(path, os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o666)
-        _cut_torn_line(self._file)
+        self._file = -1
+        if path is not None:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            self._file = os.open(path, os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o666)
+            _cut_torn_line(self._file)
 
     def record(self, round_idx: int, client_id: int, direction: Direction, data: Buffer) -> None:
         """Note a payload; call it before the payload is handed on.
@@ -124,7 +127,8 @@ class Ledger:
             "bytes": num_bytes,
             "sha256": sha256,
         }
-        self._append(json.dumps(row).encode() + b"\n")
+        if self.path is not None:
+            self._append(json.dumps(row).encode() + b"\n")
         self._totals[round_idx][direction] += num_bytes
 
     def totals(self, round_idx: int) -> dict[str, int]:

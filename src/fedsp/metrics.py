@@ -3,12 +3,26 @@
 Axes: C choices, Q questions of the batch.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 from torchmetrics import Metric
 from torchmetrics.text import SQuAD
+
+
+def add_up(metrics: Iterable[Metric], sum_over_ranks: Callable[[Tensor], Tensor]) -> None:
+    """Take in what the same metrics have seen in other processes.
+
+    Args:
+        metrics: All their states are sums.
+        sum_over_ranks: From one process's tensor to the sum over all of them.
+    """
+    for metric in metrics:
+        for name, value in metric.metric_state.items():
+            assert isinstance(value, Tensor)
+            setattr(metric, name, sum_over_ranks(value))
 
 
 class TokenLoss(Metric):
@@ -18,7 +32,7 @@ class TokenLoss(Metric):
 
     def __init__(self) -> None:
         """Start at zero."""
-        super().__init__()
+        super().__init__(sync_on_compute=False)  # `add_up` does it, on any device
         self.loss_sum: Tensor
         self.num_tokens: Tensor
         self.add_state("loss_sum", torch.zeros((), dtype=torch.float64), dist_reduce_fx="sum")
@@ -50,7 +64,7 @@ class ChoiceAccuracy(Metric):
             normalize: Divide each choice's log-likelihood by its number of characters (lm-eval's
                 `acc_norm`).
         """
-        super().__init__()
+        super().__init__(sync_on_compute=False)
         self.normalize = normalize
         self.num_right: Tensor
         self.num_questions: Tensor
@@ -63,11 +77,13 @@ class ChoiceAccuracy(Metric):
         """Add the questions of a batch.
 
         Args:
-            log_likelihood: [C] Sum over each choice's tokens, in nats.
+            log_likelihood: [C] Sum over each choice's tokens, in nats; C may be 0.
             question: [C] int64 Which question a choice belongs to, 0 to Q - 1 without gaps.
             is_answer: [C] bool, True for the right choice; one a question.
             num_chars: [C] Characters of each choice's text, above 0.
         """
+        if not len(question):
+            return
         score = log_likelihood.double()
         if self.normalize:
             score = score / num_chars
@@ -96,7 +112,7 @@ class AnswerMatch:
 
     def __init__(self) -> None:
         """Start without answers."""
-        self._squad = SQuAD()
+        self._squad = SQuAD(sync_on_compute=False)
 
     def update(self, texts: Sequence[str], references: Sequence[Sequence[str]]) -> None:
         """Add written answers.
@@ -106,14 +122,20 @@ class AnswerMatch:
                 line break, as lm-eval's `until` usually has it.
             references: At least one right answer for each text.
         """
-        for text, answers in zip(texts, references, strict=True):
+        written: list[Any] = []
+        right: list[Any] = []
+        for idx, (text, answers) in enumerate(zip(texts, references, strict=True)):
             one_line = not any("\n" in answer for answer in answers)
-            written = text.strip().split("\n")[0] if one_line else text
+            line = text.strip().split("\n")[0] if one_line else text
             starts = [0] * len(answers)  # of the format, without meaning here
-            self._squad.update(
-                {"prediction_text": written, "id": ""},
-                {"answers": {"text": list(answers), "answer_start": starts}, "id": ""},
-            )
+            written.append({"prediction_text": line, "id": str(idx)})
+            answer = {"text": list(answers), "answer_start": starts}
+            right.append({"answers": answer, "id": str(idx)})
+        self._squad.update(written, right)
+
+    def add_up(self, sum_over_ranks: Callable[[Tensor], Tensor]) -> None:
+        """Take in what other processes have seen; see `fedsp.metrics.add_up`."""
+        add_up([self._squad], sum_over_ranks)
 
     def compute(self) -> dict[str, float]:
         """Return `exact_match` and `f1` in [0, 1]; NaN without answers."""

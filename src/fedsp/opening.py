@@ -16,7 +16,9 @@ from fedsp.evaluation import check_completions
 from fedsp.executors import InProcessExecutor, Simulation
 from fedsp.federation import Federation
 from fedsp.history import Evaluation
+from fedsp.parallel import ParallelExecutor
 from fedsp.preparation import check_public_data, prepare_auxiliary
+from fedsp.ranks import Ranks, check_processes
 from fedsp.server import ServerModule
 from fedsp.stages import try_out
 
@@ -40,23 +42,30 @@ def make_fabric(options: dict[str, Any]) -> Fabric:
         ) from error
 
 
-def launch(fabric: Fabric, server: ServerModule) -> None:
-    """Start Fabric's processes and load the global model on the device.
+def launch(fabric: Fabric) -> None:
+    """Start the run's processes, or join those that torchrun or Slurm has started.
 
     Args:
         fabric: Not launched yet, or launched by `fabric run`.
+
+    Raises:
+        ValueError: If several processes are wanted with another strategy than `ddp`.
+    """
+    check_processes(fabric)
+    if not fabric._launched:
+        fabric.launch()
+
+
+def load(fabric: Fabric, server: ServerModule) -> None:
+    """Load the global model on the device.
+
+    Args:
+        fabric: Launched.
         server: Its model is loaded.
 
     Raises:
-        ValueError: If more than one process is wanted, or the model cannot be loaded.
+        ValueError: If the model cannot be loaded.
     """
-    if fabric.world_size > 1:
-        raise ValueError(
-            "`trainer.devices` times `trainer.num_nodes` must be 1 process in this version, "
-            f"got {fabric.world_size}."
-        )
-    if not fabric._launched:
-        fabric.launch()
     server.configure_model()
     fabric.to_device(server)
 
@@ -79,10 +88,13 @@ def join_data(server: ServerModule, data: FederatedDataModule) -> None:
     data.default_tokenizer(name, backbone.vocab_size)
 
 
-def set_up_data(server: ServerModule, data: FederatedDataModule, stage: str) -> None:
-    """Read and tokenise the data for the loaded global model.
+def set_up_data(
+    fabric: Fabric, server: ServerModule, data: FederatedDataModule, stage: str
+) -> None:
+    """Read and tokenise the data for the loaded global model, on the first rank before the others.
 
     Args:
+        fabric: Launched.
         server: With its model loaded.
         data: Is joined with it.
         stage: As `LightningDataModule.setup` takes it.
@@ -91,7 +103,8 @@ def set_up_data(server: ServerModule, data: FederatedDataModule, stage: str) -> 
         ValueError: If data and model do not fit, or the data is not as it should be.
     """
     join_data(server, data)
-    data.prepare_data()
+    with Ranks(fabric).first_before_others():
+        data.prepare_data()
     data.setup(stage)
 
 
@@ -200,23 +213,28 @@ def open_federation(trainer: Any, client: ClientModule) -> Federation:
     client.install(made.auxiliary, prompt.num_virtual_tokens, trainer.seed, tuned_weights)
     trainer.fabric.to_device(client)
     trainer.fabric.to_device(server)
+    ranks = Ranks(trainer.fabric)
     simulation = Simulation(
         fabric=trainer.fabric,
         client=client,
         data=data,
         store=ClientStateStore(
-            trainer.folder.clients, trainer.client_memory_bytes, trainer.checkpoints.keep
+            trainer.folder.clients,
+            trainer.client_memory_bytes,
+            trainer.checkpoints.keep,
+            deletes=ranks.rank == 0,
         ),
         ledger=trainer.ledger,
         contract=trainer.rules.contract(server.payload()),
         seed=trainer.seed,
         participations=-(-trainer.num_rounds * len(cohort) // data.num_clients),
     )
+    local = InProcessExecutor(simulation)
     return Federation(
         trainer.fabric,
         server,
         data,
-        InProcessExecutor(simulation),
+        local if ranks.size == 1 else ParallelExecutor(local, ranks),
         trainer.rules,
         num_rounds=trainer.num_rounds,
         seed=trainer.seed,

@@ -18,7 +18,8 @@ from torch.optim.lr_scheduler import LRScheduler
 
 from fedsp.auxiliary import Auxiliary
 from fedsp.client import ClientModule
-from fedsp.metrics import AnswerMatch, ChoiceAccuracy, TokenLoss
+from fedsp.metrics import AnswerMatch, ChoiceAccuracy, TokenLoss, add_up
+from fedsp.ranks import Ranks
 from fedsp.scoring import Scores
 from fedsp.seeding import isolated_rng, seed_for, stream
 from fedsp.server import ServerModule
@@ -76,16 +77,23 @@ def _optimize(
     module: nn.Module,
     trained: Sequence[tuple[Stage, Optimization]],
     batches: Batches,
+    ranks: Ranks,
     on_step: StepCallback | None = None,
 ) -> StageResult:
-    """Step all optimizers over all batches; every kind of training goes through this loop."""
+    """Step all optimizers over all batches; every kind of training goes through this loop.
+
+    Where several ranks train together, `loss_of` gives this one's part of the loss.
+    """
     started = time.perf_counter()
     optimizers = [
         cast(_FabricOptimizer, fabric.setup_optimizers(optimization.optimizer))
         for _, optimization in trained
     ]
     accumulate = trained[0][0].accumulate_grad_batches
+    groups = [group for _, optimization in trained for group in optimization.optimizer.param_groups]
+    parameters = [parameter for group in groups for parameter in group["params"]]
     losses: list[Tensor] = []
+    unreduced: list[Tensor] = []
     tokens: list[Tensor] = []
     steps = 0
     for batch_idx, batch in enumerate(batches):
@@ -95,11 +103,14 @@ def _optimize(
         with fabric.autocast():
             loss = loss_of(batch, batch_idx)
         fabric.backward(loss / accumulate)
-        losses.append(loss.detach())
+        unreduced.append(loss.detach())
         for _, optimization in trained:
             optimization.batches += 1
         if (batch_idx + 1) % accumulate:
             continue
+        ranks.reduce_gradients(parameters, unreduced)
+        losses += unreduced
+        unreduced = []
         for (stage, optimization), optimizer in zip(trained, optimizers, strict=True):
             _step(fabric, module, stage, optimization, optimizer)
         steps += 1
@@ -177,7 +188,9 @@ def train_client(
             num_batches = trained[0][0].batches
             batches = turn.loader(position, num_batches)
             # of stages that are trained at once the last one tells the loss: it is what travels
-            results[names[-1]] = _optimize(fabric, client.training_step, client, trained, batches)
+            results[names[-1]] = _optimize(
+                fabric, client.training_step, client, trained, batches, Ranks()
+            )
             position += num_batches
             for name, (_, optimization) in zip(steps, trained, strict=True):
                 kept[name] = optimization.state_dict()
@@ -209,7 +222,7 @@ def train_server(
     seed: int,
     round_idx: int,
 ) -> StageResult:
-    """Run the server's own steps of a round on what it tunes.
+    """Run the server's own steps of a round on what it tunes; several ranks share each batch.
 
     Args:
         fabric: Where to run.
@@ -226,7 +239,9 @@ def train_server(
     prompt.train()
     with isolated_rng(seed_for(seed, "server_dropout", round_idx=round_idx)):
         trained = [(server.training_stage, optimization)]
-        result = _optimize(fabric, server.training_step, server, trained, batches)
+        ranks = Ranks(fabric)
+        step = ranks.split(server.training_step)
+        result = _optimize(fabric, step, server, trained, batches, ranks)
     prompt.eval()
     return result
 
@@ -244,7 +259,8 @@ def distill(  # noqa: PLR0913 - what the other phases take, and the pool of prom
 ) -> StageResult:
     """Teach the auxiliary model what the global model knows, on public data.
 
-    Dropout is off on both sides: what is to be matched is a function, not a sample of it.
+    Dropout is off on both sides: what is to be matched is a function, not a sample of it. Several
+    ranks share each batch.
 
     Args:
         fabric: Where to run.
@@ -269,7 +285,7 @@ def distill(  # noqa: PLR0913 - what the other phases take, and the pool of prom
     for parameter in parameters.values():
         parameter.requires_grad_(True)
     auxiliary.eval()
-    first = optimization.batches
+    first, ranks = optimization.batches, Ranks(fabric)
 
     def loss_of(batch: dict[str, Tensor], batch_idx: int) -> Tensor:
         positions = stream(seed, "distillation_positions", round_idx=first + batch_idx)
@@ -277,7 +293,8 @@ def distill(  # noqa: PLR0913 - what the other phases take, and the pool of prom
         if spec.prompts is not None:
             drawn = stream(seed, "distillation_prompts", round_idx=first + batch_idx)
             prefix = spec.prompts.draw(prompts, drawn)
-        return spec.loss(teacher, auxiliary.backbone, batch, positions, prefix, auxiliary.slots)
+        student, slots = auxiliary.backbone, auxiliary.slots
+        return spec.loss(teacher, student, batch, positions, prefix, slots, ranks)
 
     result = _optimize(
         fabric,
@@ -285,6 +302,7 @@ def distill(  # noqa: PLR0913 - what the other phases take, and the pool of prom
         auxiliary,
         [(spec.stage, optimization)],
         batches,
+        ranks,
         on_step,
     )
     for parameter in parameters.values():
@@ -303,6 +321,8 @@ def evaluate(
 ) -> dict[str, float]:
     """Measure a model, which the caller has put into evaluation mode; nothing is trained meanwhile.
 
+    Several ranks share the batches, and all of them return the figures of all batches.
+
     Args:
         fabric: Where to run.
         score_batch: A role's `validation_step`.
@@ -314,29 +334,39 @@ def evaluate(
         have several choices, `accuracy` and `accuracy_norm` (by characters, as lm-eval's
         `acc_norm`).
     """
-    loss = TokenLoss()
+    loss, ranks = TokenLoss(), Ranks(fabric)
     accuracy = {"accuracy": ChoiceAccuracy(), "accuracy_norm": ChoiceAccuracy(normalize=True)}
-    several_choices = False
-    for batch_idx, batch in enumerate(batches):
-        several_choices = several_choices or not bool(batch["is_answer"].all())
+    num_choices = torch.zeros(2, dtype=torch.int64)
+    for turn, (done, batch, counts) in enumerate(ranks.turns(batches)):
         moved = fabric.to_device(batch)
         with fabric.autocast():
-            scores = score_batch(moved, batch_idx)
+            scores = score_batch(moved, turn)
+        if not counts:
+            scores, batch = _nothing_of(scores, batch)
+        is_answer = batch["is_answer"]
+        num_choices += torch.stack([torch.tensor(len(is_answer)), is_answer.sum()])
         loss.update(scores["token_losses"].cpu())
         for metric in accuracy.values():
             metric.update(
-                scores["log_likelihood"].cpu(),
-                batch["question"],
-                batch["is_answer"],
-                batch["num_chars"],
+                scores["log_likelihood"].cpu(), batch["question"], is_answer, batch["num_chars"]
             )
         if on_step is not None:
-            on_step(batch_idx + 1)
+            on_step(done)
+    add_up([loss, *accuracy.values()], ranks.sum)
     mean = float(loss.compute())
     measured = {"loss": mean, "perplexity": math.exp(min(mean, 700.0))}
-    if several_choices:
+    num_all, num_answers = ranks.sum(num_choices).tolist()
+    if num_all > num_answers:
         measured |= {name: float(metric.compute()) for name, metric in accuracy.items()}
     return measured
+
+
+def _nothing_of(scores: Scores, batch: dict[str, Tensor]) -> tuple[Scores, dict[str, Tensor]]:
+    """Return an evaluation batch and its scores without any row."""
+    empty = Scores(
+        token_losses=scores["token_losses"][:0], log_likelihood=scores["log_likelihood"][:0]
+    )
+    return empty, {name: tensor[:0] for name, tensor in batch.items()}
 
 
 @torch.no_grad()
@@ -360,12 +390,14 @@ def evaluate_completions(
     Returns:
         `exact_match` and `f1` in [0, 1], as SQuAD has them.
     """
-    match = AnswerMatch()
-    for batch_idx, batch in enumerate(batches):
+    match, ranks = AnswerMatch(), Ranks(fabric)
+    for turn, (done, batch, counts) in enumerate(ranks.turns(batches)):
         moved = fabric.to_device(batch)
         with fabric.autocast():
-            texts = complete_batch(moved, batch_idx)
-        match.update(texts, [references_of(row) for row in batch["row"].tolist()])
+            texts = complete_batch(moved, turn)
+        rows = batch["row"].tolist() if counts else []
+        match.update(texts[: len(rows)], [references_of(row) for row in rows])
         if on_step is not None:
-            on_step(batch_idx + 1)
+            on_step(done)
+    match.add_up(ranks.sum)
     return match.compute()

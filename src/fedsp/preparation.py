@@ -22,10 +22,11 @@ from fedsp.quality import (
     Quality,
     measure_quality,
 )
+from fedsp.ranks import Ranks
 from fedsp.run_folder import cache_folder
 from fedsp.server import ServerModule
 from fedsp.stages import Stage
-from fedsp.state_files import load_state, save_state
+from fedsp.state_files import decode_state, encode_state, load_state, save_state
 
 SAVE_EVERY_N_STEPS = 250
 
@@ -89,9 +90,10 @@ def prepare_auxiliary(
     Returns:
         The auxiliary model on the server's device.
     """
+    ranks = Ranks(fabric)
     auxiliary = _derive(fabric, server, data)
     key = _key(server, auxiliary, data, trainer)
-    state = _read(kept, key)
+    state = _found(ranks, kept, key)
     if state is not None:
         auxiliary.load(state["weights"])
         before, after = _qualities(state)
@@ -100,21 +102,23 @@ def prepare_auxiliary(
     spec = server.initial_distillation
     teaches = spec is not None and spec.stage.steps > 0
     artefact = _artefact(spec, key) if spec is not None and teaches else None
-    cached = artefact is not None and _load(artefact, auxiliary)
+    cached = artefact is not None and _load(ranks, artefact, auxiliary)
     unfinished = kept.with_suffix(".unfinished")
     before = None
     if not cached:
         _calibrate(fabric, server, auxiliary, data)
+        _equalize(ranks, auxiliary)
         before = _measure(fabric, server, auxiliary, data)
         if teaches:
             _teach(fabric, server, auxiliary, data, trainer, unfinished=unfinished, key=key)
         if artefact is not None:
-            _store(artefact, auxiliary)
+            ranks.on_first(_store, artefact, auxiliary)
     # measured, not cached with the weights: the server's data may be another run's
     after = _measure(fabric, server, auxiliary, data) if teaches else before
     qualities = [q and asdict(q) for q in (before, after)]
-    save_state(kept, {"key": key, "weights": auxiliary.state(), "quality": qualities})
-    unfinished.unlink(missing_ok=True)
+    state = {"key": key, "weights": auxiliary.state(), "quality": qualities}
+    ranks.on_first(save_state, kept, state)
+    ranks.on_first(unfinished.unlink, missing_ok=True)
     _warn_if_poor(after)
     return Preparation(auxiliary, before, after, cached)
 
@@ -215,13 +219,35 @@ def _read(path: Path, key: str) -> Any:
     return state if state is not None and state["key"] == key else None
 
 
+def _found(ranks: Ranks, path: Path, key: str) -> Any:
+    """Read it on the first rank for all: no rank must find what another one is just writing."""
+    found = _read(path, key) if ranks.rank == 0 else None
+    return found if ranks.size == 1 else decode_state(ranks.of_first(encode_state(found)))
+
+
+def _equalize(ranks: Ranks, auxiliary: Auxiliary) -> None:
+    """Take the first rank's weights: what was computed on other hardware may differ in a bit."""
+    if ranks.size > 1:
+        state: Any = decode_state(ranks.of_first(encode_state(auxiliary.state())))
+        auxiliary.load(state)
+
+
 def _artefact(spec: Distillation, key: str) -> Path | None:
     """File of the distilled weights in the cache; None keeps none."""
     root = cache_folder(spec.cache_dir)
     return root / "auxiliary" / f"{key}.safetensors" if root else None
 
 
-def _load(artefact: Path, auxiliary: Auxiliary) -> bool:
+def _load(ranks: Ranks, artefact: Path, auxiliary: Auxiliary) -> bool:
+    """Take distilled weights from the first rank's cache."""
+    has_loaded = ranks.rank == 0 and _load_own(artefact, auxiliary)
+    has_loaded = bool(ranks.of_first(b"x" * has_loaded))
+    if has_loaded:
+        _equalize(ranks, auxiliary)
+    return has_loaded
+
+
+def _load_own(artefact: Path, auxiliary: Auxiliary) -> bool:
     """Take distilled weights from the cache; a damaged file is as good as none."""
     if not artefact.exists():
         return False
@@ -269,7 +295,8 @@ def _teach(
     trainer.call("on_distillation_start", stage.steps)
     accumulate = stage.accumulate_grad_batches
     optimization = Optimization(*stage.build(auxiliary.trainable().values(), stage.steps))
-    state = _read(unfinished, key)
+    ranks = Ranks(fabric)
+    state = _found(ranks, unfinished, key)
     if state is not None:
         auxiliary.load(state["weights"])
         optimization.load_state_dict(state["optimization"])
@@ -294,7 +321,7 @@ def _teach(
         )
         if done + steps < stage.steps:
             state = {"weights": auxiliary.state(), "optimization": optimization.state_dict()}
-            save_state(unfinished, {"key": key, **state})
+            ranks.on_first(save_state, unfinished, {"key": key, **state})
 
 
 def fill_pool(

@@ -233,7 +233,8 @@ def report_privacy(trainer: Any) -> dict[str, Any]:
         ValueError: As `measure_privacy`.
     """
     report = measure_privacy(trainer)
-    write_text_atomically(trainer.folder.privacy, json.dumps(report, indent=2) + "\n")
+    text = json.dumps(report, indent=2) + "\n"
+    trainer.write(write_text_atomically, trainer.folder.privacy, text)
     trainer.fabric.print(summary(report))
     return report
 

@@ -128,6 +128,8 @@ class LiveBars:
 class RichProgress(FederatedCallback):
     """Shows the run: bars with time left, a table line for every round, a summary at either end."""
 
+    on_every_rank = False
+
     def __init__(self, console: Console | None = None) -> None:
         """Keep the console; nothing is shown before a hook is called.
 

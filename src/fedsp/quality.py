@@ -13,6 +13,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from fedsp.backbone import Backbone
 from fedsp.losses import kd_loss, relative_hidden_error, token_cross_entropy
+from fedsp.ranks import Ranks, num_labels
 from fedsp.soft_prompt import pool_layers
 from fedsp.vocabulary import IGNORED_LABEL
 
@@ -148,6 +149,7 @@ def prompt_gradient_error(
     batch: dict[str, Tensor],
     prefix: Tensor,
     slots: Sequence[Sequence[int]],
+    ranks: Ranks,
 ) -> Tensor:
     """Return 1 minus the cosine of both models' gradients with respect to the prompt.
 
@@ -157,15 +159,21 @@ def prompt_gradient_error(
         batch: With labels.
         prefix: [L, 2, K, P, D] prompt that both read.
         slots: Global layers whose prompt slots each of the student's layers stands for.
+        ranks: Who shares the batch.
 
     Returns:
-        [] in [0, 2], over those layers of the prompt that the student reads.
+        [] in [0, 2], over those layers of the prompt that the student reads; the same on every
+        rank, while its gradient is that of the rank's own rows.
     """
-    wanted = pool_layers(prompt_gradient(teacher, batch, prefix), slots)
-    own_prefix = pool_layers(prefix, slots)
+    rows = ranks.rows(batch)
+    share = ranks.share(num_labels(batch["labels"]))
+    wanted = ranks.sum(prompt_gradient(teacher, rows, prefix) * share)
+    wanted, own_prefix = pool_layers(wanted, slots), pool_layers(prefix, slots)
+    share = ranks.share(num_labels(student.own_labels(batch["labels"])))
     # the fused attention kernels have no second derivative
     with sdpa_kernel(SDPBackend.MATH):
-        own = prompt_gradient(student, batch, own_prefix, create_graph=True)
+        own = prompt_gradient(student, rows, own_prefix, create_graph=True)
+    own = ranks.total(own * share)
     return 1 - F.cosine_similarity(own.flatten(), wanted.flatten(), dim=0)
 
 

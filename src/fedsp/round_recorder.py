@@ -27,6 +27,8 @@ _DIGITS = 6
 class RoundRecorder(FederatedCallback):
     """Records every round of a run; the trainer adds one by itself."""
 
+    on_every_rank = False
+
     def __init__(self) -> None:
         """Wait for the first round; there is nothing to set."""
         self._trimmed = False

@@ -195,7 +195,9 @@ def run_rows(trainer: Any) -> Rows:
         rounds += f", patience {evaluation.patience}"
     wire_dtype = trainer.rules.communication.wire_dtype
     numbers = f"{trainer.precision}, prompts travel as {wire_dtype}, seed {trainer.seed}"
-    return [("rounds", rounds), ("device", f"{trainer.fabric.device}, {numbers}")]
+    fabric = trainer.fabric
+    processes = f"{fabric.world_size} processes, " if fabric.world_size > 1 else ""
+    return [("rounds", rounds), ("device", f"{processes}{fabric.device}, {numbers}")]
 
 
 def message_bytes(trainer: Any) -> tuple[int, int]:

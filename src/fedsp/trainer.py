@@ -3,6 +3,8 @@
 import json
 import time
 import warnings
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Literal
 
@@ -10,6 +12,7 @@ from lightning.fabric.accelerators import Accelerator
 from lightning.fabric.plugins import CheckpointIO, ClusterEnvironment, Precision
 from lightning.fabric.strategies import Strategy
 from lightning.pytorch.cli import OptimizerCallable
+from torch import Tensor
 
 from fedsp.acceptance import Acceptance
 from fedsp.aggregation import Aggregator, ServerOptimizer, StreamingMean
@@ -19,6 +22,7 @@ from fedsp.client import ClientModule
 from fedsp.data import FederatedDataModule
 from fedsp.evaluation import Subject, check_completions, measure_split, model_subject
 from fedsp.export import check_exportable, export_tuned
+from fedsp.failures import failing_together
 from fedsp.federation import Communication, Rules
 from fedsp.harness import Harness, find_tasks, run_harness, write_harness
 from fedsp.history import Evaluation, History
@@ -27,6 +31,7 @@ from fedsp.opening import (
     check_run,
     join_data,
     launch,
+    load,
     make_fabric,
     open_federation,
     set_up_data,
@@ -37,6 +42,7 @@ from fedsp.preparation import check_handed_out, handed_out
 from fedsp.privacy_report import report_privacy
 from fedsp.progress import RichProgress
 from fedsp.prompts import Prompts
+from fedsp.ranks import Ranks
 from fedsp.round_recorder import RoundRecorder
 from fedsp.run_folder import RunFolder
 from fedsp.run_state import capture, restore
@@ -49,7 +55,10 @@ PRECISIONS = ("32-true", "bf16-mixed", "16-mixed")
 # a resumed run may differ in these: they say where and how long to run, not what
 RESUME_IGNORES = (
     "trainer.accelerator",
+    "trainer.strategy",
     "trainer.devices",
+    "trainer.num_nodes",
+    "trainer.plugins",
     "trainer.num_rounds",
     "trainer.run_dir",
     "trainer.logger",
@@ -182,7 +191,17 @@ class FederatedTrainer:
         """
         self.folder.check(resume=ckpt_path is not None)
         state = self._resume_state(ckpt_path)
-        self._launch(model, datamodule, "fit")
+        with self._together():
+            self._fit(model, client, datamodule, state)
+
+    def _fit(
+        self,
+        model: ServerModule,
+        client: ClientModule,
+        datamodule: FederatedDataModule,
+        state: RunState | None,
+    ) -> None:
+        self._set_up(model, datamodule, "fit")
         self._claim_folder(client)
         status = "failed"
         try:
@@ -223,7 +242,9 @@ class FederatedTrainer:
         payload = self.server.payload()
         if self.history.offer(round_idx, metrics, payload):
             tree = {"federation": {"payload": payload}, "metrics": metrics}
-            self.checkpoints.save_best(tree, round_idx=round_idx + 1, config=self.config)
+            self.write(
+                self.checkpoints.save_best, tree, round_idx=round_idx + 1, config=self.config
+            )
         return metrics
 
     # --- what a finished run is used for ----------------------------------------------------------
@@ -247,7 +268,8 @@ class FederatedTrainer:
         Returns:
             Metrics by name.
         """
-        return self._measure_run(model, datamodule, "selection", ckpt_path)
+        with self._together():
+            return self._measure_run(model, datamodule, "selection", ckpt_path)
 
     def test(
         self,
@@ -277,14 +299,18 @@ class FederatedTrainer:
         manager = find_tasks(harness) if harness is not None else None
         if privacy:
             check_handed_out(self.folder.auxiliary)
-        metrics = self._measure_run(model, datamodule, "test", ckpt_path)
-        if privacy:
-            report_privacy(self)
-        if harness is not None:
-            results = run_harness(self.fabric, model, harness, manager)
-            folder = self.folder
-            self.fabric.print(write_harness(results, folder.harness, folder.harness_samples))
+        with self._together():
+            metrics = self._measure_run(model, datamodule, "test", ckpt_path)
+            if privacy:
+                report_privacy(self)
+            if harness is not None:
+                self.write(self._run_harness, harness, manager)
         return metrics
+
+    def _run_harness(self, harness: Harness, manager: Any) -> None:
+        results = run_harness(self.fabric, self.server, harness, manager)
+        folder = self.folder
+        self.fabric.print(write_harness(results, folder.harness, folder.harness_samples))
 
     def predict(
         self,
@@ -311,18 +337,26 @@ class FederatedTrainer:
         """
         path = check_output(output) if output else self.folder.predictions
         prompts = Prompts(input, datamodule.task) if input else None
-        if prompts is None:
-            payload = self._payload_of(ckpt_path)
-            self._launch(model, datamodule, "predict")
-            self._load(payload)
-            batches = datamodule.predict_dataloader()
-        else:
-            self.load_run(model, datamodule, ckpt_path)
-            size, room = datamodule.batching.eval_batch_size, model.text_room()
-            batches = prompts.loader(
-                datamodule.tokenizer, size, text_room=room, max_new_tokens=max_new_tokens
-            )
-        count = write_predictions(self.fabric, model, batches, path, max_new_tokens=max_new_tokens)
+        with self._together():
+            if prompts is None:
+                payload = self._payload_of(ckpt_path)
+                self._set_up(model, datamodule, "predict")
+                self._load(payload)
+                batches = datamodule.predict_dataloader()
+            else:
+                self.load_run(model, datamodule, ckpt_path)
+                size, room = datamodule.batching.eval_batch_size, model.text_room()
+                batches = prompts.loader(
+                    datamodule.tokenizer, size, text_room=room, max_new_tokens=max_new_tokens
+                )
+            self.write(self._predict, batches, path, max_new_tokens)
+
+    def _predict(
+        self, batches: Iterable[dict[str, Tensor]], path: Path, max_new_tokens: int
+    ) -> None:
+        count = write_predictions(
+            self.fabric, self.server, batches, path, max_new_tokens=max_new_tokens
+        )
         self.fabric.print(f"{count} completions: {path}")
 
     def export(
@@ -344,12 +378,13 @@ class FederatedTrainer:
             output_dir: Folder of the adapter; null writes `adapter` in the run folder.
         """
         check_exportable(model)
-        self.load_run(model, datamodule, ckpt_path)
-        measured = self.folder.results if ckpt_path == "best" else None
-        results = json.loads(measured.read_text()) if measured and measured.exists() else {}
-        folder = Path(output_dir) if output_dir else self.folder.adapter
-        export_tuned(model, folder, results)
-        self.fabric.print(f"adapter: {folder}")
+        with self._together():
+            self.load_run(model, datamodule, ckpt_path)
+            measured = self.folder.results if ckpt_path == "best" else None
+            results = json.loads(measured.read_text()) if measured and measured.exists() else {}
+            folder = Path(output_dir) if output_dir else self.folder.adapter
+            self.write(export_tuned, model, folder, results)
+            self.fabric.print(f"adapter: {folder}")
 
     def load_run(
         self, model: ServerModule, datamodule: FederatedDataModule, ckpt_path: str | None
@@ -358,10 +393,11 @@ class FederatedTrainer:
         payload = self._payload_of(ckpt_path)
         if model.deploy_auxiliary:
             # its vocabulary may be counted on the data
-            self._launch(model, datamodule, "predict")
+            self._set_up(model, datamodule, "predict")
         else:
             self.server = model
-            launch(self.fabric, model)
+            launch(self.fabric)
+            load(self.fabric, model)
             join_data(model, datamodule)
         self._load(payload)
 
@@ -369,7 +405,13 @@ class FederatedTrainer:
 
     def call(self, hook: str, *args: Any) -> None:
         """Call a method of every callback that has it, with the trainer first."""
-        self.fabric.call(hook, self, *args)
+        for callback in self.callbacks:
+            if callback.on_every_rank or self.fabric.is_global_zero:
+                getattr(callback, hook)(self, *args)
+
+    def write(self, function: Callable[..., Any], *args: Any, **kwargs: Any) -> None:
+        """Call what writes files of the run; only the first of several processes does."""
+        Ranks(self.fabric).on_first(function, *args, **kwargs)
 
     def measure(self, server: ServerModule, split: str) -> dict[str, float]:
         """Measure a server's prompt on `selection` or `test`; see `fedsp.evaluation`."""
@@ -383,11 +425,19 @@ class FederatedTrainer:
 
     # --- opening and closing ----------------------------------------------------------------------
 
-    def _launch(self, server: ServerModule, data: FederatedDataModule, stage: str) -> None:
+    @contextmanager
+    def _together(self) -> Iterator[None]:
+        """Start the run's processes; what fails on one of them ends all."""
+        launch(self.fabric)
+        with failing_together(self.fabric):
+            yield
+
+    def _set_up(self, server: ServerModule, data: FederatedDataModule, stage: str) -> None:
+        launch(self.fabric)
         self.server, self.data = server, data
         self.call("on_setup_start")
-        launch(self.fabric, server)
-        set_up_data(server, data, stage)
+        load(self.fabric, server)
+        set_up_data(self.fabric, server, data, stage)
 
     def _claim_folder(self, client: ClientModule) -> None:
         """Make the last checks, then create the run's files: from here on a run can be resumed."""
@@ -398,9 +448,11 @@ class FederatedTrainer:
         evaluation = self.history.evaluation
         check_run(self.server, client, self.data, cohort=cohort, evaluation=evaluation)
         # a logger that is not installed must leave no folder behind that looks like a run
-        self.tracker = Tracker(self.loggers, self.folder.path)
-        self.folder.create(self.config_text)
-        self.ledger = Ledger(self.folder.ledger, next_attempt(self.folder.ledger))
+        is_writer = self.fabric.is_global_zero
+        self.tracker = Tracker(self.loggers, self.folder.path, enabled=is_writer)
+        attempt = next_attempt(self.folder.ledger)
+        self.write(self.folder.create, self.config_text)
+        self.ledger = Ledger(self.folder.ledger if is_writer else None, attempt)
         self.tracker.log_config(self.config)
 
     def _open(self, client: ClientModule, state: RunState | None) -> None:
@@ -440,10 +492,11 @@ class FederatedTrainer:
             }
         self.call("on_test_end", results)
         results["rounds"] = self.history.rounds
-        write_text_atomically(self.folder.results, json.dumps(results, indent=2) + "\n")
+        text = json.dumps(results, indent=2) + "\n"
+        self.write(write_text_atomically, self.folder.results, text)
         try:
             if self.server.is_exportable:
-                export_tuned(self.server, self.folder.adapter, results)
+                self.write(export_tuned, self.server, self.folder.adapter, results)
         except ValueError as error:  # a long training must not fail for the adapter's sake
             warnings.warn(f"no adapter is written: {error}", stacklevel=2)
         self.call("on_fit_end", results)
@@ -452,7 +505,7 @@ class FederatedTrainer:
         self, server: ServerModule, data: FederatedDataModule, split: str, ckpt_path: str | None
     ) -> dict[str, float]:
         payload = self._payload_of(ckpt_path)
-        self._launch(server, data, split)
+        self._set_up(server, data, split)
         check_completions(data, split, self.history.evaluation)
         self._load(payload)
         metrics = self.measure(server, split)
@@ -463,9 +516,10 @@ class FederatedTrainer:
 
     def _save(self) -> None:
         rounds_done = self.history.rounds_done
-        path = self.checkpoints.save(RunState(rounds_done, capture(self), self.config))
+        state = RunState(rounds_done, capture(self), self.config)
+        self.write(self.checkpoints.save, state)
         self.federation.executor.commit()
-        self.call("on_checkpoint_saved", path)
+        self.call("on_checkpoint_saved", self.checkpoints.path(rounds_done))
 
     def _resume_state(self, ckpt_path: str | None) -> RunState | None:
         if ckpt_path is None:
