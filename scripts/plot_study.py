@@ -1,13 +1,14 @@
 """Draw the plots of docs/what-makes-it-work.md from results/study/nano.jsonl.
 
-    python scripts/plot_study.py
+    python scripts/plot_study.py                                  # and docs/images/study-*.svg
+    python scripts/plot_study.py results/study/calibrated.jsonl   # other rows
 
-Writes docs/images/study-*.svg and prints the table of rows and every measure's correlation with the
-worth.
+Prints the table of rows and every measure's correlation with the worth.
 """
 
 import json
 import math
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -33,11 +34,9 @@ MEASURES = {
 Lines = list[dict[str, Any]]
 
 
-def main() -> None:
+def main(results: Path) -> None:
     """Draw and print."""
-    lines: Lines = [json.loads(line) for line in RESULTS.read_text().splitlines()]
-    # Of these each is another auxiliary model, and all are trained alike.
-    models = [line for line in lines if line["name"].startswith("aux/")]
+    lines: Lines = [json.loads(line) for line in results.read_text().splitlines()]
     print("| row | share | KL behind the prompt | alignment | worth | on test |")
     print("|---|---|---|---|---|---|")
     for line in sorted(lines, key=lambda line: -line["worth"]):
@@ -45,6 +44,12 @@ def main() -> None:
         figures = (line.get(key, math.nan) for key in keys)
         cells = " | ".join("" if math.isnan(x) else f"{x:+.3f}" for x in figures)
         print(f"| {line['name']} | {line['share']:.1%} | {cells} |")
+    if results == RESULTS:
+        # Of these each is another auxiliary model, and all are trained alike.
+        _compare_models([line for line in lines if line["name"].startswith("aux/")])
+
+
+def _compare_models(models: Lines) -> None:
     print(f"\n{len(models)} auxiliary models\n\n| measure | Spearman with worth |\n|---|---|")
     for name, label in MEASURES.items():
         correlation = spearmanr([m[name] for m in models], [m["worth"] for m in models]).statistic
@@ -98,4 +103,4 @@ def save(figure: Any, name: str) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    main(Path(sys.argv[1]) if len(sys.argv) > 1 else RESULTS)
