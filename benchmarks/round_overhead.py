@@ -267,8 +267,8 @@ def main() -> None:
     warnings.simplefilter("ignore")
     names = [args.only] if args.only else ["nano"] if args.quick else list(CASES)
     rounds = 2 if args.quick else args.rounds
-    sides = f"{'fedsp':>7} {'bare':>7}  ratio [range]       "
-    print(f"{'seconds a round':27} | wall: {sides[6:]} | CPU: {sides[5:]} | difference", flush=True)
+    columns = "fedsp, bare, fedsp / bare [range]"
+    print(f"a round: wall seconds of {columns} | CPU seconds of {columns} | difference", flush=True)
     for name in names:
         for precision in TOLERANCE:
             print(report(name, precision, race(CASES[name], precision, rounds + 1)), flush=True)
