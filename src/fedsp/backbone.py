@@ -94,6 +94,9 @@ class Backbone(nn.Module):
         self.kv_shape = describe(model)
         self.vocab_size, self.hidden_size = model.get_output_embeddings().weight.shape
         self.max_positions: int | None = text_option(model, "max_position_embeddings")
+        # a configuration's attributes are slow to read, and these are needed in every step
+        self._window: int | None = text_option(model, "sliding_window")
+        self._logit_cap: float | None = text_option(model, "final_logit_softcapping")
 
     @property
     def decoder(self) -> nn.Module:
@@ -154,7 +157,7 @@ class Backbone(nn.Module):
         else:
             bias = None if head.bias is None else head.bias[tokens]
             logits = F.linear(hidden, head.weight[tokens], bias)
-        cap = text_option(self.model, "final_logit_softcapping")
+        cap = self._logit_cap
         return logits if cap is None else torch.tanh(logits / cap) * cap
 
     def label_logits(
@@ -348,8 +351,7 @@ class Backbone(nn.Module):
 
     def _slides(self, num_places: int) -> bool:
         """Whether some layer sees less than the last `num_places` keys."""
-        window = text_option(self.model, "sliding_window")
-        return window is not None and num_places > window
+        return self._window is not None and num_places > self._window
 
     def _rotary(self) -> nn.Module | None:
         return dict(self.decoder.named_children()).get("rotary_emb")
@@ -362,7 +364,7 @@ class Backbone(nn.Module):
             seen,
             0 if prefix is None else prefix.shape[3],
             layer_types=text_option(self.model, "layer_types"),
-            window=text_option(self.model, "sliding_window"),
+            window=self._window,
             dtype=self.dtype,
         )
         return self._decode(input_ids, mask, positions, self._read_only_cache(prefix))
@@ -397,7 +399,9 @@ class Backbone(nn.Module):
     def _read_only_cache(self, prefix: Tensor | None) -> Cache | None:
         if prefix is None or prefix.shape[3] == 0:
             return None
-        return Cache(layers=[_PrefixLayer(*layer.unbind()) for layer in prefix.unbind()])
+        # one step of the backward pass, not one a layer
+        parts = iter(prefix.flatten(0, 1).unbind())
+        return Cache(layers=[_PrefixLayer(*pair) for pair in zip(parts, parts, strict=True)])
 
     def _growing_cache(self, prefix: Tensor, rows: int) -> Cache:
         # Without a config no layer is cut to its sliding window; the masks see to the windows.

@@ -27,9 +27,9 @@ def collate(examples: Sequence[Example], pad_id: int) -> dict[str, Tensor]:
     """
     rows = [ex.prompt_ids + ex.completions[ex.answer] for ex in examples]
     input_ids, attention_mask = _pad_right(rows, pad_id)
-    labels = input_ids.masked_fill(attention_mask == 0, IGNORED_LABEL)
-    for idx, example in enumerate(examples):
-        labels[idx, : len(example.prompt_ids)] = IGNORED_LABEL
+    num_prompt = torch.tensor([len(ex.prompt_ids) for ex in examples])
+    is_given = torch.arange(input_ids.shape[1]) < num_prompt[:, None]
+    labels = input_ids.masked_fill(is_given | (attention_mask == 0), IGNORED_LABEL)
     return {"input_ids": input_ids, "attention_mask": attention_mask, "labels": labels}
 
 
@@ -94,9 +94,9 @@ def collate_prompts(
 def _pad_right(rows: Sequence[list[int]], pad_id: int) -> tuple[Tensor, Tensor]:
     """Return ids and mask, each [B, T] int64."""
     width = max(len(row) for row in rows)
-    input_ids = torch.full((len(rows), width), pad_id)
-    attention_mask = torch.zeros_like(input_ids)
-    for idx, row in enumerate(rows):
-        input_ids[idx, : len(row)] = torch.tensor(row, dtype=torch.long)
-        attention_mask[idx, : len(row)] = 1
-    return input_ids, attention_mask
+    # one tensor of padded lists is several times faster to make than one tensor a row
+    input_ids = torch.tensor(
+        [row + [pad_id] * (width - len(row)) for row in rows], dtype=torch.long
+    )
+    lengths = torch.tensor([len(row) for row in rows])
+    return input_ids, (torch.arange(width) < lengths[:, None]).long()

@@ -102,7 +102,7 @@ def _optimize(
         # single-device Fabric does not autocast step methods by itself; see docs/footguns.md#3
         with fabric.autocast():
             loss = loss_of(batch, batch_idx)
-        fabric.backward(loss / accumulate)
+        fabric.backward(loss if accumulate == 1 else loss / accumulate)
         unreduced.append(loss.detach())
         for _, optimization in trained:
             optimization.batches += 1

@@ -53,5 +53,9 @@ def isolated_rng(seed: int) -> Iterator[None]:
         seed: Seed within the block, for the CPU and every visible accelerator.
     """
     with torch.random.fork_rng():
-        torch.manual_seed(seed)
+        if torch.accelerator.is_available():
+            torch.manual_seed(seed)
+        else:
+            # without one, torch keeps a stack trace of every `manual_seed` for devices to come
+            torch.default_generator.manual_seed(seed)
         yield
