@@ -119,6 +119,10 @@ def test_costs_are_sums_over_the_rounds() -> None:
         ("rounds", "2 in 1 m 05 s"),
         ("traffic", "2.00 MB up, 4.00 MB down with the hand-out"),
     ]
+    rounds[0] |= {"client/tokens_per_second": 1500.0, "server/tokens_per_second": 20_000.0}
+    rounds[1] |= {"client/tokens_per_second": 2500.0}
+    speed = ("speed", "client 2 000 tokens/s, server 20.0 k tokens/s")
+    assert cost_rows(rounds)[-1] == speed
     rounds[0]["round/rejected_updates"] = 2.0
     assert cost_rows(rounds)[-1] == ("rejected", "2 updates")
 

@@ -42,6 +42,7 @@ from fedsp.run_state import capture, restore
 from fedsp.sampling import ClientSampler, UniformSampler
 from fedsp.server import ServerModule
 from fedsp.state_files import write_text_atomically
+from fedsp.throughput import Throughput
 from fedsp.tracking import LoggerFactory, Tracker, csv_logger
 
 PRECISIONS = ("32-true", "bf16-mixed", "16-mixed")
@@ -129,7 +130,8 @@ class FederatedTrainer:
             if number < 0:
                 raise ValueError(f"`trainer.{name}` must be at least 0, got {number}.")
         shown = [RichProgress()] if enable_progress_bar else []
-        self.callbacks = [*_as_list(callbacks), RoundRecorder(), *shown]
+        # the throughput is read before other callbacks measure models of their own
+        self.callbacks = [Throughput(), *_as_list(callbacks), RoundRecorder(), *shown]
         self.fabric = make_fabric(
             {
                 "accelerator": accelerator,
