@@ -131,7 +131,8 @@ class InProcessExecutor(Executor):
     def _turn(self, round_idx: int, client_id: int, broadcast: bytes) -> Reply:
         shared, client = self.simulation, self.simulation.client
         kept = shared.store.get(client_id) or {"model": self._initial, "training": {}}
-        client.load_private_state(kept["model"])
+        # not held while the client trains: it may be as large as all that is trained
+        client.load_private_state(kept.pop("model"))
         client.receive(decode_broadcast(broadcast, shared.contract))
 
         def loader(start: int, num_batches: int) -> Batches:
