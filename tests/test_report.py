@@ -132,9 +132,14 @@ def test_only_files_that_exist_are_named(tmp_path: Path) -> None:
     assert file_rows(folder) == []
     folder.ledger.touch()
     folder.checkpoints.mkdir()
+    for client, size in ((0, 1000), (1, 2500)):
+        state = folder.clients / f"{client:06d}" / "round-000000.safetensors"
+        state.parent.mkdir(parents=True)
+        state.write_bytes(bytes(size))
     assert file_rows(folder) == [
         ("checkpoints", f"{tmp_path}/checkpoints/"),
         ("ledger", f"{tmp_path}/ledger.jsonl"),
+        ("client states", f"{tmp_path}/clients/, 3.50 kB"),
     ]
 
 

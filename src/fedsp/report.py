@@ -159,11 +159,15 @@ def file_rows(folder: Any) -> Rows:
         "results": folder.results,
         "config": folder.config,
     }
-    return [
+    rows = [
         (name, f"{path}/" if path.is_dir() else str(path))
         for name, path in places.items()
         if path.exists()
     ]
+    sizes = [path.stat().st_size for path in folder.clients.rglob("*.safetensors")]
+    if sizes:
+        rows.append(("client states", f"{folder.clients}/, {human_bytes(sum(sizes))}"))
+    return rows
 
 
 def next_commands(folder: Any) -> Rows:
