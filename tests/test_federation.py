@@ -63,7 +63,7 @@ class Scripted(Executor):
             )
             stages = {}
             if client_id in self.losses:
-                stages["soft_prompt"] = StageResult(self.losses[client_id], 1, 1, 0.1)
+                stages["soft_prompt"] = StageResult(self.losses[client_id], 1, 1, 0.1, 1)
             yield Reply(client_id, encode(update, self.wire_dtype), stages)
 
     def state_dict(self) -> dict[str, Any]:

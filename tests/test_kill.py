@@ -113,7 +113,7 @@ def differences(one: Any, other: Any, path: str = "") -> list[str]:
         same = one.dtype == other.dtype and torch.equal(one, other)
         return [] if same else [path]
     if isinstance(one, dict) and isinstance(other, dict):
-        keys = {key for key in one.keys() | other.keys() if "seconds" not in str(key)}
+        keys = {key for key in one.keys() | other.keys() if "second" not in str(key)}
         return [
             place
             for key in keys

@@ -119,6 +119,10 @@ def test_costs_are_sums_over_the_rounds() -> None:
         ("rounds", "2 in 1 m 05 s"),
         ("traffic", "2.00 MB up, 4.00 MB down with the hand-out"),
     ]
+    rounds[0] |= {"client/tokens_per_second": 1500.0, "server/tokens_per_second": 20_000.0}
+    rounds[1] |= {"client/tokens_per_second": 2500.0}
+    speed = ("speed", "client 2 000 tokens/s, server 20.0 k tokens/s")
+    assert cost_rows(rounds)[-1] == speed
     rounds[0]["round/rejected_updates"] = 2.0
     assert cost_rows(rounds)[-1] == ("rejected", "2 updates")
 
@@ -128,9 +132,14 @@ def test_only_files_that_exist_are_named(tmp_path: Path) -> None:
     assert file_rows(folder) == []
     folder.ledger.touch()
     folder.checkpoints.mkdir()
+    for client, size in ((0, 1000), (1, 2500)):
+        state = folder.clients / f"{client:06d}" / "round-000000.safetensors"
+        state.parent.mkdir(parents=True)
+        state.write_bytes(bytes(size))
     assert file_rows(folder) == [
         ("checkpoints", f"{tmp_path}/checkpoints/"),
         ("ledger", f"{tmp_path}/ledger.jsonl"),
+        ("client states", f"{tmp_path}/clients/, 3.50 kB"),
     ]
 
 

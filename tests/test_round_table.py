@@ -12,10 +12,12 @@ ROUND = {
     "round/rejected_updates": 1.0,
     "client/train_loss": 4.12345,
     "client/auxiliary_loss": 3.5,
+    "client/tokens_per_second": 1234.5,
     "server/train_loss": 3.25,
     "server/val_loss": 3.125,
     "server/val_accuracy": 0.5125,
     "server/val_f1": 0.375,
+    "server/tokens_per_second": 45_678.0,
     "baseline/val_loss": 3.2,
     "comm/up_bytes": 42_600.0,
     "comm/down_bytes": 3_940_000.0,
@@ -27,7 +29,7 @@ def test_a_round_shows_every_figure_under_its_heading() -> None:
     table = RoundTable(width=120)
     groups, titles = (line.plain for line in table.header())
     row = table.row("7", ROUND).plain
-    values = "7 10 1 4.1235 3.5000 3.2500 3.1250 51.2% 37.5% 3.2000 42.6kB 3.94MB 12 s"
+    values = "7 10 1 4.1235 3.5000 1234 3.2500 3.1250 51.2% 37.5% 45.7k 3.2000 42.6kB 3.94MB 12 s"
     assert row.split() == values.split()
     assert titles.split() == ["round", *(column.title for column in table.columns)]
     ends = [{match.end() for match in re.finditer(r"\S+", line)} for line in (titles, row)]
@@ -71,10 +73,16 @@ def test_lines_fit_the_terminal(width: int, without: tuple) -> None:
     assert max(len(line.plain) for line in lines) <= min(width, table.width)
 
 
-def test_eighty_columns_hold_everything_but_accuracy() -> None:
+def test_eighty_columns_hold_everything_but_accuracy_and_speed() -> None:
     assert len(RoundTable(width=80, without=[ACCURACY, F1]).columns) == 10
     metrics = {column.metric for column in RoundTable(width=80, without=[F1]).columns}
-    assert metrics == ROUND.keys() - {"server/val_f1", "round/rejected_updates", "round/seconds"}
+    assert metrics == ROUND.keys() - {
+        "server/val_f1",
+        "round/rejected_updates",
+        "round/seconds",
+        "client/tokens_per_second",
+        "server/tokens_per_second",
+    }
 
 
 def test_losses_stay_in_a_very_narrow_terminal() -> None:

@@ -49,8 +49,8 @@ def _equal(one: Any, other: Any) -> bool:
     if isinstance(one, Tensor):
         return torch.equal(one, other) and one.dtype == other.dtype
     if isinstance(one, dict):
-        keys = {key for key in one if "seconds" not in str(key)}
-        return keys == {key for key in other if "seconds" not in str(key)} and all(
+        keys = {key for key in one if "second" not in str(key)}
+        return keys == {key for key in other if "second" not in str(key)} and all(
             _equal(one[key], other[key]) for key in keys
         )
     if isinstance(one, list | tuple):

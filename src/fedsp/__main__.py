@@ -4,7 +4,8 @@ import sys
 from importlib.metadata import version
 
 HELP = """\
-usage: fedsp {fit,validate,test,predict,export} --config FILE [--config FILE ...] [--OPTION VALUE]
+usage: fedsp {fit,plan,validate,test,predict,export} --config FILE [--config FILE ...]
+             [--OPTION VALUE]
        fedsp chat RUN_DIR [--OPTION VALUE]
        fedsp report RUN_DIR [RUN_DIR ...] [--output FILE]
        fedsp compare --config FILE --methods NAME [NAME ...] --seeds N [N ...] [--OPTION VALUE]
@@ -13,6 +14,7 @@ Federated learning in which only tunable soft prompts travel.
 
 commands:
   fit       Run the federated rounds, then test and export the best round's prompt.
+  plan      Say what a run would need and send, and try a few steps; no training, no files.
   validate  Measure a run's prompt on the selection split.
   test      Measure a run's prompt on the test split, and in other ways where asked.
   predict   Write completions of a file's prompts, or of the test split's, as JSON lines.

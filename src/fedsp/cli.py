@@ -32,7 +32,7 @@ from fedsp.server import ServerModule
 from fedsp.shipped import expand_names
 from fedsp.trainer import FederatedTrainer
 
-SUBCOMMANDS = ("fit", "validate", "test", "predict", "export")
+SUBCOMMANDS = ("fit", "plan", "validate", "test", "predict", "export")
 INTERRUPTED = 130
 TERMINATED = 143
 # errors that the user can mend

@@ -297,6 +297,11 @@ class FederatedDataModule(LightningDataModule):
         self._require_setup()
         return len(self._portions[split].store) if split in self._portions else 0
 
+    def num_tokens(self, split: str) -> int:
+        """Return the text tokens of a split, all choices included, 0 where there is none."""
+        self._require_setup()
+        return self._portions[split].store.num_tokens if split in self._portions else 0
+
     def has_choices(self, split: str) -> bool:
         """Whether some example of an existing split has several completions to choose from."""
         return any(len(example.completions) > 1 for example in self._existing(split).store)

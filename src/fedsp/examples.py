@@ -129,6 +129,11 @@ class TokenStore(Sequence[Example]):
         prompts = self._first[:-1]
         return sizes[prompts] + sizes[prompts + 1 + self.arrays["answers"]]
 
+    @property
+    def num_tokens(self) -> int:
+        """Tokens of all prompts and all choices together."""
+        return len(self.arrays["tokens"])
+
     def counts(self, vocab_size: int) -> np.ndarray:
         """[vocab_size] int64 How often each token occurs, in prompts and all choices."""
         return np.bincount(self.arrays["tokens"], minlength=vocab_size)

@@ -132,7 +132,8 @@ class InProcessExecutor(Executor):
         """Let one client work through a round; nothing is written into the ledger."""
         shared, client = self.simulation, self.simulation.client
         kept = shared.store.get(client_id) or {"model": self._initial, "training": {}}
-        client.load_private_state(kept["model"])
+        # not held while the client trains: it may be as large as all that is trained
+        client.load_private_state(kept.pop("model"))
         client.receive(decode_broadcast(broadcast, shared.contract))
 
         def loader(start: int, num_batches: int) -> Batches:

@@ -9,6 +9,7 @@ from typing import Any
 from lightning.fabric import Fabric
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 
+from fedsp.auxiliary import Auxiliary
 from fedsp.client import ClientModule
 from fedsp.client_state import ClientStateStore
 from fedsp.data import FederatedDataModule
@@ -108,6 +109,25 @@ def set_up_data(
     data.setup(stage)
 
 
+def check_trainer(trainer: Any, client: ClientModule) -> None:
+    """Make the last checks before any work; see `check_run`.
+
+    Args:
+        trainer: With server and data set up.
+        client: Plays every client.
+
+    Raises:
+        ValueError: As `check_run`, or if the aggregator needs a larger cohort, or the acceptance a
+            selection split.
+    """
+    server, data, evaluation = trainer.server, trainer.data, trainer.history.evaluation
+    cohort = trainer.sampler.cohort(data.num_clients, seed=trainer.seed, round_idx=0)
+    trainer.rules.aggregator.check(len(cohort))
+    if trainer.rules.acceptance is not None:
+        trainer.rules.acceptance.check(data)
+    check_run(server, client, data, cohort=cohort, evaluation=evaluation)
+
+
 def check_run(
     server: ServerModule,
     client: ClientModule,
@@ -189,6 +209,36 @@ def _check_method(
             )
 
 
+def install(trainer: Any, client: ClientModule, auxiliary: Auxiliary) -> list[int]:
+    """Give the auxiliary model to the client and bring both sides up to their first step.
+
+    Args:
+        trainer: Gives Fabric, server, data, sampler and seed.
+        client: Plays every client.
+        auxiliary: As it will be handed out.
+
+    Returns:
+        The cohort of the first round.
+    """
+    server = trainer.server
+    server.start_tuning(auxiliary)
+    cohort: list[int] = trainer.sampler.cohort(
+        trainer.data.num_clients, seed=trainer.seed, round_idx=0
+    )
+    prompt = server.require_model()[1]
+    # a server that trains alone may tune what no client could
+    tuned_weights = server.tuned_weights if cohort else None
+    client.install(auxiliary, prompt.num_virtual_tokens, trainer.seed, tuned_weights)
+    trainer.fabric.to_device(client)
+    trainer.fabric.to_device(server)
+    return cohort
+
+
+def participations(trainer: Any, cohort: Sequence[int]) -> int:
+    """Return how often a client takes part in the whole run, rounded up."""
+    return -(-trainer.num_rounds * len(cohort) // trainer.data.num_clients)
+
+
 def open_federation(trainer: Any, client: ClientModule) -> Federation:
     """Make the auxiliary model, install it with the client, and join server and clients.
 
@@ -205,14 +255,7 @@ def open_federation(trainer: Any, client: ClientModule) -> Federation:
         trainer.fabric, server, data, kept=trainer.folder.auxiliary, trainer=trainer
     )
     trainer.call("on_distillation_end", made.before, made.after, made.cached)
-    server.start_tuning(made.auxiliary)
-    cohort = trainer.sampler.cohort(data.num_clients, seed=trainer.seed, round_idx=0)
-    prompt = server.require_model()[1]
-    # a server that trains alone may tune what no client could
-    tuned_weights = server.tuned_weights if cohort else None
-    client.install(made.auxiliary, prompt.num_virtual_tokens, trainer.seed, tuned_weights)
-    trainer.fabric.to_device(client)
-    trainer.fabric.to_device(server)
+    cohort = install(trainer, client, made.auxiliary)
     ranks = Ranks(trainer.fabric)
     simulation = Simulation(
         fabric=trainer.fabric,
@@ -227,7 +270,7 @@ def open_federation(trainer: Any, client: ClientModule) -> Federation:
         ledger=trainer.ledger,
         contract=trainer.rules.contract(server.payload()),
         seed=trainer.seed,
-        participations=-(-trainer.num_rounds * len(cohort) // data.num_clients),
+        participations=participations(trainer, cohort),
     )
     local = InProcessExecutor(simulation)
     return Federation(

@@ -38,12 +38,14 @@ class StageResult:
         steps: Optimizer steps.
         num_tokens: Text tokens read, padding left out.
         seconds: Wall time.
+        num_examples: Examples read.
     """
 
     loss: float
     steps: int
     num_tokens: int
     seconds: float
+    num_examples: int
 
 
 @dataclass
@@ -95,9 +97,10 @@ def _optimize(
     losses: list[Tensor] = []
     unreduced: list[Tensor] = []
     tokens: list[Tensor] = []
-    steps = 0
+    steps = num_examples = 0
     for batch_idx, batch in enumerate(batches):
         tokens.append(batch["attention_mask"].sum())
+        num_examples += len(batch["attention_mask"])
         batch = fabric.to_device(batch)
         # single-device Fabric does not autocast step methods by itself; see docs/footguns.md#3
         with fabric.autocast():
@@ -118,7 +121,8 @@ def _optimize(
             on_step(steps, losses[-1])
     mean = float(torch.stack(losses).mean()) if losses else math.nan
     num_tokens = int(torch.stack(tokens).sum()) if tokens else 0
-    return StageResult(mean, steps, num_tokens, time.perf_counter() - started)
+    seconds = time.perf_counter() - started
+    return StageResult(mean, steps, num_tokens, seconds, num_examples)
 
 
 def _step(

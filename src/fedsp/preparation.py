@@ -91,7 +91,7 @@ def prepare_auxiliary(
         The auxiliary model on the server's device.
     """
     ranks = Ranks(fabric)
-    auxiliary = _derive(fabric, server, data)
+    auxiliary = derive_auxiliary(fabric, server, data)
     key = _key(server, auxiliary, data, trainer)
     state = _found(ranks, kept, key)
     if state is not None:
@@ -138,13 +138,13 @@ def handed_out(
         ValueError: If there is no such file, or it belongs to another `model.auxiliary`.
     """
     check_handed_out(kept)
-    auxiliary = _derive(fabric, server, data)
+    auxiliary = derive_auxiliary(fabric, server, data)
     state: Any = load_state(kept)
     auxiliary.load(state["weights"])
     return Preparation(auxiliary, *_qualities(state), cached=True)
 
 
-def _derive(fabric: Fabric, server: ServerModule, data: FederatedDataModule) -> Auxiliary:
+def derive_auxiliary(fabric: Fabric, server: ServerModule, data: FederatedDataModule) -> Auxiliary:
     """Build the auxiliary model as it is before any teaching: frozen, on its device."""
     backbone = server.require_model()[0]
     counts = data.token_counts(backbone.vocab_size)

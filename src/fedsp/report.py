@@ -5,6 +5,7 @@ Only reads what the trainer holds; when and where it is printed is not known her
 
 import math
 import shlex
+import statistics
 from collections.abc import Mapping
 from typing import Any
 
@@ -17,6 +18,7 @@ from fedsp.display import (
     Rows,
     human_bytes,
     human_change,
+    human_count,
     human_loss,
     human_seconds,
     plural,
@@ -122,9 +124,23 @@ def cost_rows(rounds: list[dict[str, float]]) -> Rows:
         ("rounds", f"{len(rounds)} in {human_seconds(total['round/seconds'])}"),
         ("traffic", f"{up} up, {down} down with the hand-out"),
     ]
+    speeds = [speed_text(rounds, who) for who in ("client", "server", "evaluation")]
+    if any(speeds):
+        rows.append(("speed", ", ".join(speed for speed in speeds if speed)))
     if total["round/rejected_updates"]:
         rows.append(("rejected", plural(int(total["round/rejected_updates"]), "update")))
     return rows
+
+
+def speed_text(rounds: list[dict[str, float]], who: str) -> str:
+    """Return the median throughput of the rounds, such as `client 1.2 k tokens/s`; empty if none.
+
+    Args:
+        rounds: Metrics of every round.
+        who: `client`, `server` or `evaluation`.
+    """
+    rates = [metrics[name] for metrics in rounds if (name := f"{who}/tokens_per_second") in metrics]
+    return f"{who} {human_count(statistics.median(rates))} tokens/s" if rates else ""
 
 
 def file_rows(folder: Any) -> Rows:
@@ -143,11 +159,15 @@ def file_rows(folder: Any) -> Rows:
         "results": folder.results,
         "config": folder.config,
     }
-    return [
+    rows = [
         (name, f"{path}/" if path.is_dir() else str(path))
         for name, path in places.items()
         if path.exists()
     ]
+    sizes = [path.stat().st_size for path in folder.clients.rglob("*.safetensors")]
+    if sizes:
+        rows.append(("client states", f"{folder.clients}/, {human_bytes(sum(sizes))}"))
+    return rows
 
 
 def next_commands(folder: Any) -> Rows:

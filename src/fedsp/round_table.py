@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 from rich.text import Text
 
-from fedsp.display import human_bytes, human_loss, human_seconds
+from fedsp.display import human_bytes, human_count, human_loss, human_seconds
 
 Metrics = dict[str, float]
 ZERO_SHOT, INITIAL = "zero-shot", "initial"
@@ -49,6 +49,10 @@ def _count(value: float) -> str:
     return f"{value:.0f}"
 
 
+def _rate(value: float) -> str:
+    return human_count(value).replace(" ", "")
+
+
 def _percent(value: float) -> str:
     return f"{100 * value:.1f}%"
 
@@ -66,10 +70,12 @@ _ALWAYS = (
     Column("clients", "rej", "round/rejected_updates", 3, _count, leaves=5),
     Column("clients", "loss", "client/train_loss", 6, _loss),
     AUXILIARY,
+    Column("clients", "tok/s", "client/tokens_per_second", 6, _rate, leaves=6),
     Column("server", "train", "server/train_loss", 6, _loss),
     Column("server", "val", "server/val_loss", 6, _loss),
     ACCURACY,
     F1,
+    Column("server", "tok/s", "server/tokens_per_second", 6, _rate, leaves=7),
     BASELINE,
     Column("traffic", "up", "comm/up_bytes", 6, _bytes),
     Column("traffic", "down", "comm/down_bytes", 6, _bytes, leaves=1),

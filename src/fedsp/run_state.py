@@ -4,6 +4,23 @@ from typing import Any
 
 from fedsp.callbacks import FederatedCallback
 
+# a resumed run may differ in these: they say where and how long to run, not what
+RESUME_IGNORES = (
+    "trainer.accelerator",
+    "trainer.strategy",
+    "trainer.devices",
+    "trainer.num_nodes",
+    "trainer.plugins",
+    "trainer.num_rounds",
+    "trainer.run_dir",
+    "trainer.logger",
+    "trainer.keep_checkpoints",
+    "trainer.client_memory_bytes",
+    "trainer.enable_progress_bar",
+    "ckpt_path",
+    "config",
+)
+
 
 def capture(trainer: Any) -> dict[str, Any]:
     """Return all that the next round depends on, as nested plain values and tensors.

@@ -28,7 +28,7 @@ from fedsp.harness import Harness, find_tasks, run_harness, write_harness
 from fedsp.history import Evaluation, History
 from fedsp.ledger import Ledger, next_attempt
 from fedsp.opening import (
-    check_run,
+    check_trainer,
     join_data,
     launch,
     load,
@@ -37,6 +37,8 @@ from fedsp.opening import (
     set_up_data,
 )
 from fedsp.payload import Payload
+from fedsp.plan import make_plan
+from fedsp.plan_table import print_plan
 from fedsp.predictions import check_output, write_predictions
 from fedsp.preparation import check_handed_out, handed_out
 from fedsp.privacy_report import report_privacy
@@ -45,29 +47,14 @@ from fedsp.prompts import Prompts
 from fedsp.ranks import Ranks
 from fedsp.round_recorder import RoundRecorder
 from fedsp.run_folder import RunFolder
-from fedsp.run_state import capture, restore
+from fedsp.run_state import RESUME_IGNORES, capture, restore
 from fedsp.sampling import ClientSampler, UniformSampler
 from fedsp.server import ServerModule
 from fedsp.state_files import write_text_atomically
+from fedsp.throughput import Throughput
 from fedsp.tracking import LoggerFactory, Tracker, csv_logger
 
 PRECISIONS = ("32-true", "bf16-mixed", "16-mixed")
-# a resumed run may differ in these: they say where and how long to run, not what
-RESUME_IGNORES = (
-    "trainer.accelerator",
-    "trainer.strategy",
-    "trainer.devices",
-    "trainer.num_nodes",
-    "trainer.plugins",
-    "trainer.num_rounds",
-    "trainer.run_dir",
-    "trainer.logger",
-    "trainer.keep_checkpoints",
-    "trainer.client_memory_bytes",
-    "trainer.enable_progress_bar",
-    "ckpt_path",
-    "config",
-)
 Plugin = Precision | ClusterEnvironment | CheckpointIO
 
 
@@ -142,7 +129,8 @@ class FederatedTrainer:
             if number < 0:
                 raise ValueError(f"`trainer.{name}` must be at least 0, got {number}.")
         shown = [RichProgress()] if enable_progress_bar else []
-        self.callbacks = [*_as_list(callbacks), RoundRecorder(), *shown]
+        # the throughput is read before other callbacks measure models of their own
+        self.callbacks = [Throughput(), *_as_list(callbacks), RoundRecorder(), *shown]
         self.fabric = make_fabric(
             {
                 "accelerator": accelerator,
@@ -246,6 +234,28 @@ class FederatedTrainer:
                 self.checkpoints.save_best, tree, round_idx=round_idx + 1, config=self.config
             )
         return metrics
+
+    def plan(
+        self,
+        model: ServerModule,
+        client: ClientModule,
+        datamodule: FederatedDataModule,
+        as_json: bool = False,
+    ) -> None:
+        """Say what a run would need and send, and try a few steps; no training, no files.
+
+        Args:
+            model: The server.
+            client: Plays every client.
+            datamodule: Every party's data.
+            as_json: Print one JSON object in bytes and seconds, not a table.
+        """
+        with self._together():
+            self.server, self.data = model, datamodule
+            load(self.fabric, model)
+            set_up_data(self.fabric, model, datamodule, "fit")
+            check_trainer(self, client)
+            self.write(print_plan, make_plan(self, client), self, as_json=as_json)
 
     # --- what a finished run is used for ----------------------------------------------------------
 
@@ -441,12 +451,7 @@ class FederatedTrainer:
 
     def _claim_folder(self, client: ClientModule) -> None:
         """Make the last checks, then create the run's files: from here on a run can be resumed."""
-        cohort = self.sampler.cohort(self.data.num_clients, seed=self.seed, round_idx=0)
-        self.rules.aggregator.check(len(cohort))
-        if self.rules.acceptance is not None:
-            self.rules.acceptance.check(self.data)
-        evaluation = self.history.evaluation
-        check_run(self.server, client, self.data, cohort=cohort, evaluation=evaluation)
+        check_trainer(self, client)
         # a logger that is not installed must leave no folder behind that looks like a run
         is_writer = self.fabric.is_global_zero
         self.tracker = Tracker(self.loggers, self.folder.path, enabled=is_writer)
