@@ -4,7 +4,6 @@ import json
 import os
 import subprocess
 import sys
-import time
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -13,7 +12,6 @@ import pytest
 
 import peak_memory
 from commands import changed, command, make_config, of_class, write_config
-from fedsp.baseline import ServerOnlyBaseline
 from fedsp.client import ClientModule
 from fedsp.federation import Communication
 from fedsp.ledger import read_ledger
@@ -144,27 +142,13 @@ def test_what_a_run_lacks_costs_nothing(folder: Path) -> None:
     assert disk_rows(plan) == [("clients", "nothing is kept between rounds")]
 
 
-def test_the_time_is_that_of_a_run(folder: Path) -> None:
-    stage = Stage(steps=10)
-    server = make_server(folder, training=stage, initial_distillation=None)
-    parts = (server, make_client(auxiliary=stage, soft_prompt=stage), make_data(folder))
-    options = {"num_rounds": 2, "callbacks": [ServerOnlyBaseline()]}
-    planned = plan_of(folder, parts, **options)
-    again = make_server(folder, training=stage, initial_distillation=None)
-    started = time.perf_counter()
-    run = fit(folder, folder / "timed", server=again, client=parts[1], data=parts[2], **options)
-    whole = time.perf_counter() - started
-    measured = sum(metrics["round/client_seconds"] for metrics in run.history.rounds)
-    # a loaded machine may slow either side down; a factor of three is no estimate of another thing
-    assert measured / 3 < planned.seconds["clients"] < measured * 3
-    assert whole / 3 < sum(planned.seconds.values()) < whole * 3
-
-
 def test_the_peak_memory_is_that_of_a_run(tmp_path: Path) -> None:
     peak_memory.make_parts(tmp_path)
     script = [sys.executable, peak_memory.__file__, str(tmp_path)]
+    # glibc would keep freed tensors, and the peak would be what it keeps: see docs/plan.md
+    environment = {**os.environ, "MALLOC_MMAP_THRESHOLD_": "65536"}
     # two plays at once: the run in a process of its own, the plan in this one
-    with subprocess.Popen(script, stdout=subprocess.PIPE, env=os.environ) as process:
+    with subprocess.Popen(script, stdout=subprocess.PIPE, env=environment) as process:
         plan = plan_of(
             tmp_path, peak_memory.make_parts(tmp_path), num_rounds=peak_memory.NUM_ROUNDS
         )
