@@ -256,7 +256,9 @@ def _seconds(
     rounds = len(cohorts)
     measured = sum(trainer.history.is_due(idx, rounds) for idx in range(rounds))
     # beside the rounds: the global model alone, and the first or the best prompt
-    runs = {"selection": 2 + sides * measured, "test": 1 + sides}
+    acceptance = trainer.rules.acceptance
+    tried = 0 if acceptance is None else len(acceptance.fractions) * rounds
+    runs = {"selection": 2 + sides * measured + tried, "test": 1 + sides}
     evaluations = {split: entry for split, entry in costs.evaluations.items() if entry is not None}
     a_server_round = stage.batches * costs.server.seconds if costs.server is not None else 0.0
     taught = 0.0
