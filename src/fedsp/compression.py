@@ -14,6 +14,7 @@ from transformers.pytorch_utils import Conv1D
 
 from fedsp.auxiliary import Auxiliary, AuxiliaryRecipe
 from fedsp.backbone import Backbone
+from fedsp.pretrained import dequantized
 from fedsp.shards import whole
 from fedsp.vocabulary import trim
 
@@ -219,8 +220,8 @@ class _Factorised(nn.Module):
 
 def _matrix(module: nn.Linear | Conv1D) -> Tensor:
     """Return a projection's weight as [out, in] in float32; Conv1D holds it the other way round."""
-    weight = module.weight if isinstance(module, nn.Linear) else module.weight.T
-    return whole(weight.detach()).float()
+    weight = whole(dequantized(module, module.weight).detach()).float()
+    return weight if isinstance(module, nn.Linear) else weight.T
 
 
 def _second_moments(

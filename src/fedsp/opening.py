@@ -160,6 +160,12 @@ def check_run(
         server.check_whole("`trainer.evaluation.generate_tokens`")
     if server.tuned_weights is not None:
         server.check_whole("`model.tuned_weights`")
+        if server.backbone_spec.quantization is not None:
+            raise ValueError(
+                "`model.tuned_weights` needs `model.backbone.quantization` to be null, got "
+                f"{server.backbone_spec.quantization}: beside quantised weights only a soft prompt "
+                "is tuned."
+            )
     for split in ("selection", "test"):
         check_completions(data, split, evaluation)
     distillation = server.initial_distillation

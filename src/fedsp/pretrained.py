@@ -4,17 +4,19 @@ import copy
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from importlib.util import find_spec
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple, cast
 
 import torch
 import torch.distributed as dist
 from safetensors import SafetensorError
-from torch import nn
+from torch import Tensor, nn
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
     AutoTokenizer,
+    BitsAndBytesConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
@@ -57,6 +59,8 @@ class BackboneSpec:
     """Recompute each layer in the backward pass: less memory, about a third more time."""
     sharded: bool = False
     """Divide the frozen weights among the run's processes (FSDP2): none ever holds all of them."""
+    quantization: Literal["8bit", "4bit"] | None = None
+    """Hold the layers' frozen projections in 8 or 4 bits (NF4); needs `fedsp[quantization]`."""
 
 
 def resolve(
@@ -147,7 +151,8 @@ def load_model(spec: BackboneSpec) -> PreTrainedModel:
     """Load the model, or draw random weights from torch's global stream where `spec.config` is set.
 
     Raises:
-        ValueError: If there is no such model, its weights are incomplete, or it cannot be sharded.
+        ValueError: If there is no such model, its weights are incomplete, or it cannot be sharded
+            or quantised.
     """
     settings: dict[str, Any] = {
         "dtype": DTYPES[spec.dtype],
@@ -155,6 +160,8 @@ def load_model(spec: BackboneSpec) -> PreTrainedModel:
     }
     if spec.sharded:
         _check_sharded(spec)
+    if spec.quantization is not None:
+        settings["quantization_config"] = _quantization(spec)
     if spec.config is not None:
         options = dict(spec.config)
         kind = options.pop("model_type", None)
@@ -184,6 +191,10 @@ def load_model(spec: BackboneSpec) -> PreTrainedModel:
         )
     if spec.sharded:
         prepare(model)
+    for module in model.modules():
+        if hasattr(module, "support_avx512bf16_for_cpu"):
+            # else a 4-bit layer packs its weights for a product that has no gradient
+            module.support_avx512bf16_for_cpu = False
     return model
 
 
@@ -206,6 +217,46 @@ def _check_sharded(spec: BackboneSpec) -> None:
         )
 
 
+def _quantization(spec: BackboneSpec) -> BitsAndBytesConfig:
+    """Return the settings of bitsandbytes."""
+    option = "`model.backbone.quantization`"
+    if find_spec("bitsandbytes") is None:
+        raise ValueError(
+            f"{option} {spec.quantization} needs bitsandbytes, which is not installed: pip install "
+            '"fedsp[quantization]", or set it to null.'
+        )
+    if spec.config is not None or spec.sharded:
+        other = "sharded" if spec.sharded else "config"
+        raise ValueError(
+            f"{option} must be null with `model.backbone.{other}`, got {spec.quantization}: only a "
+            "whole model whose weights are in files is quantised."
+        )
+    return BitsAndBytesConfig(
+        load_in_8bit=spec.quantization == "8bit",
+        load_in_4bit=spec.quantization == "4bit",
+        bnb_4bit_quant_type="nf4",
+        bnb_4bit_compute_dtype=DTYPES[spec.dtype],
+    )
+
+
+def dequantized(module: nn.Module, parameter: Tensor) -> Tensor:
+    """Return a parameter itself, or as floating point what quantised weights stand for.
+
+    Args:
+        module: Whose parameter it is.
+        parameter: As it is held.
+    """
+    if type(parameter).__name__ not in {"Params4bit", "Int8Params"}:
+        return parameter
+    # an import of bitsandbytes, too
+    from transformers.integrations.bitsandbytes import dequantize_bnb_weight
+
+    plain: Tensor = dequantize_bnb_weight(
+        cast(nn.Parameter, parameter), getattr(module, "state", None)
+    )
+    return plain
+
+
 def _division(source: str) -> Any:
     """Return how the model is divided: each layer, the embeddings and the head by themselves.
 
@@ -224,13 +275,15 @@ def _division(source: str) -> Any:
 
 
 def skeleton(model: PreTrainedModel) -> PreTrainedModel:
-    """Return a model of the same configuration without memory for its parameters.
+    """Return a plain model of the same configuration without memory for its parameters.
 
     Args:
-        model: Whole or sharded.
+        model: Whole, sharded or quantised.
     """
     config = copy.deepcopy(model.config)
     config.distributed_config = None
+    if hasattr(config, "quantization_config"):
+        del config.quantization_config
     with torch.device("meta"):
         return AutoModelForCausalLM.from_config(
             config, dtype=model.dtype, attn_implementation=config._attn_implementation
