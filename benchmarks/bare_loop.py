@@ -23,6 +23,11 @@ Weights = dict[str, Tensor]
 IGNORED = -100
 
 
+def gelu_tanh(inner: Tensor) -> Tensor:
+    """Return GPT-2's activation in its tanh approximation."""
+    return F.gelu(inner, approximate="tanh")
+
+
 @dataclass(frozen=True)
 class Gpt2:
     """The weights of a GPT-2 under transformers' names, and how it reads token ids.
@@ -34,6 +39,7 @@ class Gpt2:
         num_heads: K.
         row_of: Row of the embeddings that each token id is read as; None: its own.
         kept: Token ids with a row of their own; None: all.
+        activation: Of the MLP; OPT's is another one.
     """
 
     outside: Weights
@@ -41,6 +47,7 @@ class Gpt2:
     num_heads: int
     row_of: Tensor | None = None
     kept: Tensor | None = None
+    activation: Callable[[Tensor], Tensor] = gelu_tanh
 
     def mapped(self, change: Callable[[str, Tensor], Tensor]) -> "Gpt2":
         """Return it with every weight changed, the same tensor in several places once."""
@@ -112,10 +119,11 @@ def label_logits(
         [N, V] logits and [N] int64 rows of the right tokens.
     """
     ids = pad_sequence(list(texts), batch_first=True)
-    place = torch.arange(ids.shape[1])
-    length = torch.tensor([len(text) for text in texts])[:, None]
+    device = ids.device
+    place = torch.arange(ids.shape[1], device=device)
+    length = torch.tensor([len(text) for text in texts], device=device)[:, None]
     real = place < length
-    is_label = real & (place >= torch.tensor(num_prompt)[:, None])
+    is_label = real & (place >= torch.tensor(num_prompt, device=device)[:, None])
     targets = ids
     if model.row_of is not None and model.kept is not None:
         is_label &= torch.isin(ids, model.kept)
@@ -131,7 +139,7 @@ def label_logits(
     for weights, (keys, values) in zip(model.layers, prefix, strict=True):
         hidden = hidden + _attention(model, weights, hidden, sees, keys, values)
         inner = _project(weights, "mlp.c_fc", _norm(weights, "ln_2", hidden))
-        hidden = hidden + _project(weights, "mlp.c_proj", F.gelu(inner, approximate="tanh"))
+        hidden = hidden + _project(weights, "mlp.c_proj", model.activation(inner))
     last = _norm(outside, "ln_f", hidden)[rows, columns]
     return F.linear(last.to(outside["head"].dtype), outside["head"]), targets[rows, columns + 1]
 
@@ -239,7 +247,7 @@ class Party:
         for batch in batches:
             texts = [self.texts[idx] for idx in batch]
             num_prompt = [self.num_prompt[idx] for idx in batch]
-            with torch.autocast("cpu", torch.bfloat16, enabled=training.bf16):
+            with torch.autocast(prompt.device.type, torch.bfloat16, enabled=training.bf16):
                 logits, targets = label_logits(model, texts, num_prompt, prompt)
                 losses = F.cross_entropy(logits.float(), targets, reduction="sum")
             (losses / max(1, len(targets))).backward()

@@ -9,11 +9,17 @@ import os
 import socket
 import sys
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
+from torch import Tensor
+
+from fedsp.baseline import ServerOnlyBaseline
+from fedsp.state_files import load_state
+from tiny import fit
 
 PRELOADED = [
     "fedsp.trainer",
@@ -22,6 +28,7 @@ PRELOADED = [
     "datasets.packaged_modules.json.json",
 ]
 SECONDS = 120
+TOLERANCE = 1e-4
 
 
 def run_ranks(
@@ -86,3 +93,43 @@ def _child(
         output.write_text(json.dumps({"error": f"{type(error).__name__}: {error}"}))
         sys.exit(1)
     output.write_text(json.dumps(result))
+
+
+def federation(folder: Path, run_dir: Path, devices: int, **options: Any) -> dict[str, Any]:
+    """Run a tiny federation as one of `devices` ranks; its rounds, its prompt, all bit for bit."""
+    callbacks = [ServerOnlyBaseline()]
+    trainer = fit(folder, run_dir, **{"callbacks": callbacks, "devices": devices, **options})
+    rounds = [
+        {name: value for name, value in metrics.items() if "seconds" not in name}
+        for metrics in trainer.history.rounds
+    ]
+    payload = trainer.server.payload()
+    return {
+        "rounds": rounds,
+        "zero_shot": trainer.history.zero_shot,
+        "payload": {name: tensor.flatten().tolist() for name, tensor in payload.items()},
+    }
+
+
+def assert_close(one: Any, other: Any, where: str = "") -> None:
+    """Equal but for rounding; wall-clock seconds aside."""
+    if isinstance(one, Mapping):
+        assert one.keys() == other.keys(), where
+        for key in one:
+            if "seconds" not in str(key):
+                assert_close(one[key], other[key], f"{where}/{key}")
+    elif isinstance(one, list | tuple):
+        assert len(one) == len(other), where
+        for idx, (left, right) in enumerate(zip(one, other, strict=True)):
+            assert_close(left, right, f"{where}/{idx}")
+    elif isinstance(one, Tensor):
+        assert one.shape == other.shape, where
+        assert torch.allclose(one.double(), other.double(), atol=TOLERANCE, rtol=0), where
+    elif isinstance(one, float):
+        assert one == pytest.approx(other, abs=TOLERANCE, nan_ok=True), where
+    else:
+        assert one == other, where
+
+
+def state(run_dir: Path, rounds: int) -> Any:
+    return load_state(run_dir / "checkpoints" / f"round-{rounds:06d}.safetensors")

@@ -5,13 +5,10 @@ import os
 import signal
 import subprocess
 import sys
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
-from torch import Tensor
 
 from commands import changed, make_config, write_config
 from fedsp.aggregation import CoordinateMedian
@@ -29,29 +26,11 @@ from fedsp.prompt_pool import PromptPool
 from fedsp.recipes import WholeModel
 from fedsp.sampling import UniformSampler
 from fedsp.stages import Stage
-from fedsp.state_files import load_state
 from fedsp.tuned import LoRA
-from processes import free_port, run_ranks
-from tiny import adamw, fit, make_client, make_data, make_server
+from processes import assert_close, federation, free_port, run_ranks, state
+from tiny import adamw, make_client, make_data, make_server
 
 ROOT = Path(__file__).parents[1]
-TOLERANCE = 1e-4
-
-
-def federation(folder: Path, run_dir: Path, devices: int, **options: Any) -> dict[str, Any]:
-    """Run a tiny federation as one of `devices` ranks; its rounds, its prompt, all bit for bit."""
-    callbacks = [ServerOnlyBaseline()]
-    trainer = fit(folder, run_dir, **{"callbacks": callbacks, "devices": devices, **options})
-    rounds = [
-        {name: value for name, value in metrics.items() if "seconds" not in name}
-        for metrics in trainer.history.rounds
-    ]
-    payload = trainer.server.payload()
-    return {
-        "rounds": rounds,
-        "zero_shot": trainer.history.zero_shot,
-        "payload": {name: tensor.flatten().tolist() for name, tensor in payload.items()},
-    }
 
 
 def plain(folder: Path, run_dir: Path, devices: int, **options: Any) -> dict[str, Any]:
@@ -119,30 +98,6 @@ def lora(folder: Path, run_dir: Path, devices: int) -> dict[str, Any]:
         ),
         client=make_client(auxiliary=Stage(0)),
     )
-
-
-def assert_close(one: Any, other: Any, where: str = "") -> None:
-    """Equal but for rounding; wall-clock seconds aside."""
-    if isinstance(one, Mapping):
-        assert one.keys() == other.keys(), where
-        for key in one:
-            if "seconds" not in str(key):
-                assert_close(one[key], other[key], f"{where}/{key}")
-    elif isinstance(one, list | tuple):
-        assert len(one) == len(other), where
-        for idx, (left, right) in enumerate(zip(one, other, strict=True)):
-            assert_close(left, right, f"{where}/{idx}")
-    elif isinstance(one, Tensor):
-        assert one.shape == other.shape, where
-        assert torch.allclose(one.double(), other.double(), atol=TOLERANCE, rtol=0), where
-    elif isinstance(one, float):
-        assert one == pytest.approx(other, abs=TOLERANCE, nan_ok=True), where
-    else:
-        assert one == other, where
-
-
-def state(run_dir: Path, rounds: int) -> Any:
-    return load_state(run_dir / "checkpoints" / f"round-{rounds:06d}.safetensors")
 
 
 def files(run_dir: Path) -> list[str]:

@@ -31,6 +31,7 @@ from fedsp.pretrained import (
 )
 from fedsp.recompute import recomputed
 from fedsp.seeding import isolated_rng
+from fedsp.shards import is_sharded, run_parts
 from fedsp.vocabulary import IGNORED_LABEL, Vocabulary
 
 __all__ = ["Backbone", "BackboneSpec", "KVShape", "load_backbone", "load_tokenizer", "resolve"]
@@ -129,6 +130,11 @@ class Backbone(nn.Module):
         Raises:
             ValueError: If the prompt's shape is not the model's, or there are too few positions.
         """
+        return run_parts(self.model, self._hidden_states, input_ids, attention_mask, prefix)
+
+    def _hidden_states(
+        self, input_ids: Tensor, attention_mask: Tensor, prefix: Tensor | None
+    ) -> Tensor:
         start = self._start(prefix)
         self._check_length(start + input_ids.shape[1])
         cache = self._read_only_cache(prefix)
@@ -150,6 +156,9 @@ class Backbone(nn.Module):
         Returns:
             [..., V] or [..., n] logits in the head's dtype.
         """
+        return run_parts(self.model, self._logits, hidden, tokens)
+
+    def _logits(self, hidden: Tensor, tokens: Tensor | None = None) -> Tensor:
         head: Any = self.model.get_output_embeddings()
         hidden = hidden.to(head.weight.dtype)
         if tokens is None:
@@ -176,10 +185,15 @@ class Backbone(nn.Module):
         Raises:
             ValueError: As `hidden_states`.
         """
-        hidden = self.hidden_states(batch["input_ids"], batch["attention_mask"], prefix)
+        return run_parts(self.model, self._label_logits, batch, prefix)
+
+    def _label_logits(
+        self, batch: Mapping[str, Tensor], prefix: Tensor | None
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        hidden = self._hidden_states(batch["input_ids"], batch["attention_mask"], prefix)
         targets = self.own_labels(batch["labels"])[:, 1:]
         rows, columns = (targets != IGNORED_LABEL).nonzero(as_tuple=True)
-        return self.logits(hidden[rows, columns]), targets[rows, columns], rows
+        return self._logits(hidden[rows, columns]), targets[rows, columns], rows
 
     def choice_logits(
         self, batch: Mapping[str, Tensor], prefix: Tensor | None = None
@@ -200,17 +214,22 @@ class Backbone(nn.Module):
         Raises:
             ValueError: As `hidden_states`.
         """
+        return run_parts(self.model, self._choice_logits, batch, prefix)
+
+    def _choice_logits(
+        self, batch: Mapping[str, Tensor], prefix: Tensor | None
+    ) -> tuple[Tensor, Tensor, Tensor]:
         ids, mask, choice = batch["input_ids"], batch["attention_mask"], batch["choice"]
         if len(batch["is_answer"]) == len(ids):
             # of one choice each, the rows are plain text, for which attention has faster kernels
-            hidden = self.hidden_states(ids, mask, prefix)
+            hidden = self._hidden_states(ids, mask, prefix)
         else:
             hidden = self._tree_states(ids, seen_text(mask, choice), prefix)
         before = predecessors(mask, choice)
         targets = self.own_labels(ids)
         counts = (choice >= 0) & (before >= 0) & (targets != IGNORED_LABEL)
         rows, columns = counts.nonzero(as_tuple=True)
-        logits = self.logits(hidden[rows, before[rows, columns]])
+        logits = self._logits(hidden[rows, before[rows, columns]])
         return logits, targets[rows, columns], choice[rows, columns]
 
     def own_labels(self, labels: Tensor) -> Tensor:
@@ -248,7 +267,7 @@ class Backbone(nn.Module):
         if self._rotary() is None:
             start = max(start, 0)
         self._check_length(start + num_tokens)
-        return self._keys_values(input_ids.to(self.model.device), start)
+        return run_parts(self.model, self._keys_values, input_ids.to(self.model.device), start)
 
     @torch.no_grad()
     def generate(
@@ -269,12 +288,14 @@ class Backbone(nn.Module):
             ValueError: If the padding is on the right, the prompt's shape is not the model's, or
                 there are too few positions.
             RuntimeError: If embeddings and layers differ in dtype, as in an auxiliary model whose
-                embeddings are a bfloat16 backbone's, or its vocabulary is trimmed.
+                embeddings are a bfloat16 backbone's, its vocabulary is trimmed, or it is sharded.
         """
         if not bool(attention_mask[:, -1].all()):
             raise ValueError("`generate` needs texts padded on the left, got padding on the right.")
         if self.model.get_input_embeddings().weight.dtype != self.dtype:
             raise RuntimeError("`generate` needs embeddings and layers of one dtype.")
+        if is_sharded(self.model):
+            raise RuntimeError("`generate` needs a model that is not sharded.")
         if self.vocabulary is not None:
             raise RuntimeError("`generate` needs a full vocabulary; this model's is trimmed.")
         start = self._start(prefix)
@@ -332,14 +353,18 @@ class Backbone(nn.Module):
         ids = torch.arange(4, device=self.model.device)[None] % self.vocab_size
         mask = torch.ones_like(ids)
         expected = self.model(input_ids=ids, attention_mask=mask, use_cache=False).logits[:, 2:]
-        cache = self._read_only_cache(self._keys_values(ids[:, :2], 0))
-        got = self.logits(self._run(ids[:, 2:], mask[:, 2:], cache, 2))
+        prefix = run_parts(self.model, self._keys_values, ids[:, :2], 0)
+        got = run_parts(self.model, self._logits_behind, prefix, ids[:, 2:])
         if not _close(got, expected, self.dtype):
             raise ValueError(
                 f"`{NAME_OPTION}` must be a causal language model whose logits are its output "
                 f"embedding of the last hidden states, got {self.model.config.model_type!r}, whose "
                 f"logits differ by {(got - expected).abs().max().item():.3g}."
             )
+
+    def _logits_behind(self, prefix: Tensor, ids: Tensor) -> Tensor:
+        cache = self._read_only_cache(prefix)
+        return self._logits(self._run(ids, torch.ones_like(ids), cache, prefix.shape[3]))
 
     def _start(self, prefix: Tensor | None) -> int:
         """Return the position of the first text token."""

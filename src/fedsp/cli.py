@@ -232,6 +232,7 @@ def chat(  # noqa: PLR0913 - the signature is the command's options
     place = {"accelerator": accelerator, "devices": "1", "num_nodes": "1", "strategy": "auto"}
     settings = {**place, "run_dir": run_dir, "enable_progress_bar": "false", "callbacks": "null"}
     options = [f"--trainer.{name}={value}" for name, value in settings.items()]
+    options.append("--model.init_args.backbone.sharded=false")
     run = FederatedCLI(["--config", str(folder.config), *options], run=False)
     trainer, server = cast(FederatedTrainer, run.trainer), cast(ServerModule, run.model)
     layout = Layout(run.datamodule.task, raw)

@@ -14,6 +14,7 @@ from transformers.pytorch_utils import Conv1D
 
 from fedsp.auxiliary import Auxiliary, AuxiliaryRecipe
 from fedsp.backbone import Backbone
+from fedsp.shards import whole
 from fedsp.vocabulary import trim
 
 
@@ -219,7 +220,7 @@ class _Factorised(nn.Module):
 def _matrix(module: nn.Linear | Conv1D) -> Tensor:
     """Return a projection's weight as [out, in] in float32; Conv1D holds it the other way round."""
     weight = module.weight if isinstance(module, nn.Linear) else module.weight.T
-    return weight.detach().float()
+    return whole(weight.detach()).float()
 
 
 def _second_moments(

@@ -18,6 +18,7 @@ from fedsp.losses import kd_loss, relative_hidden_error, token_cross_entropy
 from fedsp.prompt_pool import PromptPool
 from fedsp.quality import prompt_gradient_error
 from fedsp.ranks import Ranks
+from fedsp.shards import whole
 from fedsp.soft_prompt import pool_layers
 from fedsp.stages import Stage
 from fedsp.vocabulary import IGNORED_LABEL
@@ -160,12 +161,15 @@ class Distillation:
             chosen = torch.randperm(rows.numel(), generator=generator)[: self.max_logit_tokens]
             chosen = chosen.sort().values.to(rows.device)
             rows, columns = rows[chosen], columns[chosen]
-        num_all = max(1, rows.numel())
-        if ranks.size > 1:
-            is_own = rows % ranks.size == ranks.rank
-            rows, columns = rows[is_own], columns[is_own]
-        targets = labels[rows, columns + 1]
-        return (rows // ranks.size, columns), targets, rows.numel() / num_all
+        if ranks.size == 1 or not rows.numel():
+            return (rows, columns), labels[rows, columns + 1], 1.0
+        is_own = rows % ranks.size == ranks.rank
+        share = float(is_own.float().mean())
+        if not share:
+            # takes part in what all have to do together, at any place and without weight
+            return (rows[:1] * 0, columns[:1]), labels[rows[:1], columns[:1] + 1], share
+        rows, columns = rows[is_own], columns[is_own]
+        return (rows // ranks.size, columns), labels[rows, columns + 1], share
 
 
 def _share_of_squares(ranks: Ranks, num_rows: int, hidden: Tensor, mask: Tensor) -> Tensor | float:
@@ -199,7 +203,7 @@ def cache_key(teacher: Backbone, spec: Distillation, facts: dict[str, Any]) -> s
     digest.update(teacher.model.config.to_json_string().encode())
     for name, parameter in teacher.model.named_parameters():
         digest.update(f"{name}{tuple(parameter.shape)}{parameter.dtype}".encode())
-        flat = parameter.detach().flatten().cpu()
+        flat = whole(parameter.detach()).flatten().cpu()
         digest.update(flat.view(torch.uint8).numpy().data)
     weights = asdict(replace(spec, stage=Stage(steps=0), cache_dir="", strict_public_data=False))
     weights.pop("stage")

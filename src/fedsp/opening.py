@@ -156,6 +156,10 @@ def check_run(
             f"`trainer.evaluation.monitor` {monitor!r} needs questions with several choices, and "
             "`data.selection` has none. Use server/val_loss, or a fedsp.tasks.MultipleChoice task."
         )
+    if evaluation.generate_tokens:
+        server.check_whole("`trainer.evaluation.generate_tokens`")
+    if server.tuned_weights is not None:
+        server.check_whole("`model.tuned_weights`")
     for split in ("selection", "test"):
         check_completions(data, split, evaluation)
     distillation = server.initial_distillation

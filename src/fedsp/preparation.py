@@ -13,6 +13,7 @@ from torch import Tensor
 from fedsp.auxiliary import Auxiliary, AuxiliaryRecipe
 from fedsp.data import FederatedDataModule
 from fedsp.distillation import Distillation, cache_key, describe_stage
+from fedsp.gathering import gathered
 from fedsp.phases import Optimization, distill, train_server
 from fedsp.prompt_pool import PromptPool
 from fedsp.quality import (
@@ -148,7 +149,9 @@ def derive_auxiliary(fabric: Fabric, server: ServerModule, data: FederatedDataMo
     """Build the auxiliary model as it is before any teaching: frozen, on its device."""
     backbone = server.require_model()[0]
     counts = data.token_counts(backbone.vocab_size)
-    auxiliary = server.auxiliary_recipe.build(backbone, counts).requires_grad_(False)
+    recipe = server.auxiliary_recipe
+    source = gathered(backbone, recipe.sources(backbone.kv_shape.num_layers))
+    auxiliary = recipe.build(source, counts).requires_grad_(False)
     fabric.to_device(auxiliary)
     return auxiliary
 

@@ -1,5 +1,6 @@
 """Causal language models and tokenizers: named, found, loaded and described; not run."""
 
+import copy
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -7,6 +8,7 @@ from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 import torch
+import torch.distributed as dist
 from safetensors import SafetensorError
 from torch import nn
 from transformers import (
@@ -16,7 +18,10 @@ from transformers import (
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
+from transformers.distributed.configuration_utils import DistributedConfig
 from transformers.utils.logging import disable_progress_bar
+
+from fedsp.shards import prepare
 
 ASSETS = Path(__file__).parent / "assets"
 SCHEME = "fedsp://"
@@ -50,6 +55,8 @@ class BackboneSpec:
     """Position of the first text token; null: after the P virtual tokens, 0: the paper's code."""
     gradient_checkpointing: bool = False
     """Recompute each layer in the backward pass: less memory, about a third more time."""
+    sharded: bool = False
+    """Divide the frozen weights among the run's processes (FSDP2): none ever holds all of them."""
 
 
 def resolve(
@@ -140,9 +147,14 @@ def load_model(spec: BackboneSpec) -> PreTrainedModel:
     """Load the model, or draw random weights from torch's global stream where `spec.config` is set.
 
     Raises:
-        ValueError: If there is no such model or its weights are incomplete.
+        ValueError: If there is no such model, its weights are incomplete, or it cannot be sharded.
     """
-    settings = {"dtype": DTYPES[spec.dtype], "attn_implementation": spec.attn_implementation}
+    settings: dict[str, Any] = {
+        "dtype": DTYPES[spec.dtype],
+        "attn_implementation": spec.attn_implementation,
+    }
+    if spec.sharded:
+        _check_sharded(spec)
     if spec.config is not None:
         options = dict(spec.config)
         kind = options.pop("model_type", None)
@@ -156,6 +168,8 @@ def load_model(spec: BackboneSpec) -> PreTrainedModel:
             return AutoModelForCausalLM.from_config(config, **settings)
     source = resolve(spec.name_or_path)
     with _loading(NAME_OPTION, spec.name_or_path):
+        if spec.sharded:
+            settings["distributed_config"] = _division(source)
         loaded: Any = AutoModelForCausalLM.from_pretrained(
             source,
             local_files_only=Path(source).is_dir(),
@@ -168,7 +182,59 @@ def load_model(spec: BackboneSpec) -> PreTrainedModel:
             f"`{NAME_OPTION}` must hold all weights (transformers would draw others at random), "
             f"{spec.name_or_path!r} lacks {', '.join(sorted(report['missing_keys'])[:5])}."
         )
+    if spec.sharded:
+        prepare(model)
     return model
+
+
+def _check_sharded(spec: BackboneSpec) -> None:
+    """Refuse what cannot be divided among processes."""
+    if not dist.is_initialized() or dist.get_world_size() == 1:
+        raise ValueError(
+            "`model.backbone.sharded` divides the model among several processes, got one. Set it "
+            "to false, or raise `trainer.devices`."
+        )
+    if spec.config is not None:
+        raise ValueError(
+            "`model.backbone.sharded` needs weights in files, but `model.backbone.config` asks for "
+            "random ones. Save such a model to a folder and name that."
+        )
+    if spec.position_offset is not None:
+        raise ValueError(
+            "`model.backbone.position_offset` must be null with `model.backbone.sharded`, got "
+            f"{spec.position_offset}: its export turns keys with a model that one process runs."
+        )
+
+
+def _division(source: str) -> Any:
+    """Return how the model is divided: each layer, the embeddings and the head by themselves.
+
+    transformers has such a plan for most families, but for GPT-2 and OPT one that fits no module.
+    """
+    config = AutoConfig.from_pretrained(source, local_files_only=Path(source).is_dir())
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(config)
+    names = {module: name for name, module in model.named_modules()}
+    plan = {
+        f"{names[find_layers(model)]}.*": "free_full_weight",
+        names[model.get_input_embeddings()]: "free_full_weight",
+        names[model.get_output_embeddings()]: "keep_full_weight",
+    }
+    return DistributedConfig(fsdp_size=dist.get_world_size(), fsdp_plan=plan)
+
+
+def skeleton(model: PreTrainedModel) -> PreTrainedModel:
+    """Return a model of the same configuration without memory for its parameters.
+
+    Args:
+        model: Whole or sharded.
+    """
+    config = copy.deepcopy(model.config)
+    config.distributed_config = None
+    with torch.device("meta"):
+        return AutoModelForCausalLM.from_config(
+            config, dtype=model.dtype, attn_implementation=config._attn_implementation
+        )
 
 
 def hide_loading_bar() -> None:

@@ -313,6 +313,7 @@ class ModelPrivacy(FederatedCallback):
                 "`trainer.callbacks`: ModelPrivacy measures on the test split, but `data.test` is "
                 "null. Give it data or leave the callback out."
             )
+        trainer.server.check_whole("`trainer.callbacks`: ModelPrivacy")
 
     def on_test_end(self, trainer: Any, results: dict[str, Any]) -> None:
         """Report, and add the leaked shares to the run's results.

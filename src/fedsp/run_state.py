@@ -17,6 +17,7 @@ RESUME_IGNORES = (
     "trainer.keep_checkpoints",
     "trainer.client_memory_bytes",
     "trainer.enable_progress_bar",
+    "model.init_args.backbone.sharded",
     "ckpt_path",
     "config",
 )

@@ -127,6 +127,21 @@ class ServerModule(LightningModule):
             generator=stream(self.seed, "reparameterization"),
         )
 
+    def check_whole(self, wish: str) -> None:
+        """Refuse what cannot be done with a model that is divided among processes.
+
+        Args:
+            wish: What is wanted, as the message begins.
+
+        Raises:
+            ValueError: If `model.backbone.sharded` is on.
+        """
+        if self.backbone_spec.sharded:
+            raise ValueError(
+                f"{wish} needs the global model in one piece, got `model.backbone.sharded: true`. "
+                "Set it to false, where one process can hold the model."
+            )
+
     def initialize_prompt(self, sample_ids: Sequence[int]) -> None:
         """Give the prompt its first value.
 

@@ -307,7 +307,10 @@ class FederatedTrainer:
             Metrics by name.
         """
         manager = find_tasks(harness) if harness is not None else None
+        if harness is not None:
+            model.check_whole("`harness`")
         if privacy:
+            model.check_whole("`privacy`")
             check_handed_out(self.folder.auxiliary)
         with self._together():
             metrics = self._measure_run(model, datamodule, "test", ckpt_path)
@@ -345,6 +348,7 @@ class FederatedTrainer:
                 null takes the test split.
             output: File to write; null writes `predictions.jsonl` in the run folder.
         """
+        model.check_whole("`fedsp predict`")
         path = check_output(output) if output else self.folder.predictions
         prompts = Prompts(input, datamodule.task) if input else None
         with self._together():
