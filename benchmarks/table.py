@@ -15,7 +15,7 @@ from pathlib import Path
 
 from figure import PREFIX, Figure, read_figures
 
-# about ten minutes on two free cores
+# an estimated ten minutes on two free cores
 SCRIPTS = (
     "round_overhead.py --quick",
     "client_parallel.py --repeats 1",
