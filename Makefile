@@ -16,7 +16,6 @@ BIN := $(VENV)/bin
 INSTALL := $(BIN)/python -m pip install --quiet $(PIP_ARGS) -c constraints.txt
 # A named interpreter is the only candidate; else the first of these that is new enough.
 CANDIDATES := $(or $(PYTHON),python3.11 python3 python3.12 python3.13 python3.14 python)
-BENCHMARKS := $(sort $(wildcard benchmarks/bench_*.py))
 
 .DEFAULT_GOAL := help
 .PHONY: help quickstart test lint bench results-table setup clean
@@ -36,12 +35,8 @@ lint: $(VENV)/.installed-dev  ## check format, lint rules, import layers and typ
 	$(BIN)/lint-imports --no-cache
 	$(BIN)/mypy
 
-bench: $(VENV)/.installed-dev  ## run the benchmarks, one after the other
-ifeq ($(BENCHMARKS),)
-	@echo "benchmarks/ holds no bench_*.py yet"
-else
-	@set -e; for script in $(BENCHMARKS); do echo "== $$script"; $(BIN)/python $$script; done
-endif
+bench: $(VENV)/.installed-dev  ## run the benchmarks and print one table (under 15 minutes on 2 free cores)
+	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/table.py
 
 results-table: $(VENV)/.installed-dev  ## rebuild the table of docs/results.md from results/*.csv
 	$(BIN)/python scripts/results_table.py

@@ -14,6 +14,7 @@ from collections.abc import Callable
 from functools import partial
 
 import torch
+from figure import Figure
 from torch import Tensor
 
 from fedsp.backbone import Backbone, load_backbone
@@ -101,6 +102,7 @@ def main() -> None:
         medians = take_turns(sides, repeats)
         ratio = medians["repeated"] / medians["shared"]
         print(f"  {name} {shape}: a row a choice / shared prompt: {ratio:.2f}")
+        print(Figure(f"evaluation, {name}: shared prompt / a row a choice", 1 / ratio).line())
 
 
 if __name__ == "__main__":

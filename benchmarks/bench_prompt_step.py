@@ -15,6 +15,7 @@ from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
+from figure import Figure
 from peft import PrefixTuningConfig, get_peft_model
 from torch import Tensor
 
@@ -99,8 +100,11 @@ def main() -> None:
         raise SystemExit(f"the sides do not compute the same loss: {losses}")
     medians = take_turns(sides, repeats)
     print(f"one prompt step, {CONFIG['n_layer']} layers of width {CONFIG['n_embd']}, {SIZES}")
-    for name in ("full logits", "peft"):
-        print(f"  {name} / fedsp: {medians[name] / medians['fedsp']:.2f}")
+    ratios = {name: medians[name] / medians["fedsp"] for name in ("full logits", "peft")}
+    for name, ratio in ratios.items():
+        print(f"  {name} / fedsp: {ratio:.2f}")
+    for name, ratio in ratios.items():
+        print(Figure(f"prompt step: fedsp / {name}", 1 / ratio).line())
 
 
 if __name__ == "__main__":

@@ -21,12 +21,15 @@ import time
 from pathlib import Path
 from typing import Any
 
+from figure import Figure
+
 from fedsp.callbacks import FederatedCallback
 from fedsp.checkpoint import Checkpoints
 
 ROOT = Path(__file__).parents[1]
 ENVIRONMENT = {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
 MEASURES = ("round/seconds", "round/client_seconds", "round/server_seconds", "cpu")
+RATIO_TARGET = 0.60
 
 
 class CpuClock(FederatedCallback):
@@ -108,11 +111,15 @@ def main() -> None:
                         seconds[devices].setdefault(name, []).append(row[name])
     print(f"{os.cpu_count()} cores, {arguments.repeats} runs of {arguments.rounds} rounds a side")
     print("                          1 process  2 processes  ratio")
+    ratios = {}
     for name in seconds[1]:
         one, two = (statistics.median(seconds[devices][name]) for devices in (1, 2))
+        ratios[name] = two / one
         print(f"{name:<24} {one:8.2f} s   {two:8.2f} s   {two / one:.2f}")
     distance = (prompts[1] - prompts[2]).abs().max()
     print(f"largest difference of the last prompts: {distance:.1e}")
+    for label, name in {"wall time": "round/seconds", "CPU time of the busiest": "cpu"}.items():
+        print(Figure(f"ten clients, 2 processes / 1: {label}", ratios[name], RATIO_TARGET).line())
 
 
 if __name__ == "__main__":
