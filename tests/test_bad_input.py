@@ -452,6 +452,7 @@ def _names_of_all_options(config: dict[str, Any], tmp_path: Path) -> set[str]:
         {f"{MODEL}.tuned_weights": of_class("fedsp.tuned.LoRA")},
         {f"{MODEL}.tuned_weights": of_class("fedsp.tuned.OuterLayers")},
         {"trainer.sampler": of_class("fedsp.sampling.SingleClient")},
+        {"trainer.acceptance": of_class("fedsp.acceptance.Acceptance")},
         {f"{DATA}.task": of_class("fedsp.tasks.ChatCompletion")},
         {f"{DATA}.task": of_class("fedsp.tasks.MultipleChoice")},
         {f"{DATA}.task": of_class("fedsp.tasks.RawText")},

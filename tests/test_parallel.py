@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 
 from commands import changed, make_config, write_config
+from fedsp.acceptance import Acceptance
 from fedsp.aggregation import CoordinateMedian
 from fedsp.baseline import ServerOnlyBaseline
 from fedsp.batching import Batching
@@ -42,6 +43,7 @@ def plain(folder: Path, run_dir: Path, devices: int, **options: Any) -> dict[str
         data=make_data(folder, partitioner=BySizes([6, 20, 30])),
         client=make_client(reparameterization_size=3),
         sampler=UniformSampler(clients_per_round=2),
+        acceptance=Acceptance([0.5, 1.0]),
         client_memory_bytes=10**7,
         **options,
     )
