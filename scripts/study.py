@@ -38,6 +38,8 @@ from fedsp.quality import prompt_gradient
 from fedsp.ranks import Ranks
 from fedsp.soft_prompt import pool_layers, spread_layers
 
+# the prompt's length bounds that of the texts
+OF_DATA = ("--data", "--seed", "--config", "--model.soft_prompt")
 PLACE = ["--trainer.accelerator=cpu", "--trainer.devices=1", "--trainer.strategy=auto"]
 
 
@@ -202,7 +204,7 @@ def main(rows: Path, results: Path) -> None:
         options = [*plan["options"], *shlex.split(row or "")]
         server = [o for o in options if not o.startswith(("--model.aux", "--model.init", "--cl"))]
         key = " ".join(server)
-        of_data = " ".join(o for o in options if o.startswith(("--data", "--seed", "--config")))
+        of_data = " ".join(o for o in options if o.startswith(OF_DATA))
         study = Study(options, plan["rounds"], read.get(of_data))
         read[of_data] = study.data
         line = run(study, baselines.get(key), plan)
