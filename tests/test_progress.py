@@ -51,7 +51,8 @@ def fake_trainer(run_dir: Path, *, rank_zero: bool = True, **options: Any) -> An
         "history": history,
         "folder": folder,
         "callbacks": [],
-        "client": SimpleNamespace(stages={"auxiliary": Stage(steps=0)}),
+        "client": SimpleNamespace(stages={"auxiliary": Stage(steps=0)}, privacy=None),
+        "rules": SimpleNamespace(privacy=None),
         "data": SimpleNamespace(client_names=names, num_clients=2),
         "num_rounds": 2,
     }

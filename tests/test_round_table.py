@@ -5,7 +5,17 @@ import re
 
 import pytest
 
-from fedsp.round_table import ACCURACY, AUXILIARY, BASELINE, F1, RoundTable
+from fedsp.round_table import (
+    ACCURACY,
+    AUXILIARY,
+    BASELINE,
+    CLIENT_EPSILON,
+    EPSILON,
+    F1,
+    RoundTable,
+)
+
+NOISE = (EPSILON, CLIENT_EPSILON)
 
 ROUND = {
     "round/clients": 10.0,
@@ -19,6 +29,8 @@ ROUND = {
     "server/val_f1": 0.375,
     "server/tokens_per_second": 45_678.0,
     "baseline/val_loss": 3.2,
+    "privacy/epsilon": 12.345,
+    "privacy/client_epsilon": 1234.5,
     "comm/up_bytes": 42_600.0,
     "comm/down_bytes": 3_940_000.0,
     "round/seconds": 12.4,
@@ -26,10 +38,13 @@ ROUND = {
 
 
 def test_a_round_shows_every_figure_under_its_heading() -> None:
-    table = RoundTable(width=120)
+    table = RoundTable(width=140)
     groups, titles = (line.plain for line in table.header())
     row = table.row("7", ROUND).plain
-    values = "7 10 1 4.1235 3.5000 1234 3.2500 3.1250 51.2% 37.5% 45.7k 3.2000 42.6kB 3.94MB 12 s"
+    values = (
+        "7 10 1 4.1235 3.5000 1234 3.2500 3.1250 51.2% 37.5% 45.7k 3.2000 12.3 1234 42.6kB 3.94MB "
+        "12 s"
+    )
     assert row.split() == values.split()
     assert titles.split() == ["round", *(column.title for column in table.columns)]
     ends = [{match.end() for match in re.finditer(r"\S+", line)} for line in (titles, row)]
@@ -41,6 +56,7 @@ def test_a_round_shows_every_figure_under_its_heading() -> None:
         "clients",
         "server",
         "baseline",
+        "budget",
         "traffic",
     ]
 
@@ -74,9 +90,11 @@ def test_lines_fit_the_terminal(width: int, without: tuple) -> None:
 
 
 def test_eighty_columns_hold_everything_but_accuracy_and_speed() -> None:
-    assert len(RoundTable(width=80, without=[ACCURACY, F1]).columns) == 10
-    metrics = {column.metric for column in RoundTable(width=80, without=[F1]).columns}
+    assert len(RoundTable(width=80, without=[ACCURACY, F1, *NOISE]).columns) == 10
+    metrics = {column.metric for column in RoundTable(width=80, without=[F1, *NOISE]).columns}
     assert metrics == ROUND.keys() - {
+        "privacy/epsilon",
+        "privacy/client_epsilon",
         "server/val_f1",
         "round/rejected_updates",
         "round/seconds",

@@ -11,7 +11,8 @@ from torch.nn import Parameter
 from fedsp.auxiliary import Auxiliary
 from fedsp.losses import token_cross_entropy
 from fedsp.messages import ClientUpdate, ServerBroadcast
-from fedsp.payload import SOFT_PROMPT
+from fedsp.payload import SOFT_PROMPT, Payload
+from fedsp.privacy import LocalPrivacy
 from fedsp.scoring import Scores, score
 from fedsp.seeding import stream
 from fedsp.soft_prompt import SoftPrompt, check_options, pool_layers, spread_layers
@@ -24,7 +25,7 @@ STAGES = ("auxiliary", "soft_prompt")
 class ClientModule(LightningModule):
     """An auxiliary model that stays with the client, and the soft prompt that travels."""
 
-    def __init__(
+    def __init__(  # noqa: PLR0913 - the signature is the command line's schema
         self,
         auxiliary: Stage = Stage(),
         soft_prompt: Stage = Stage(),
@@ -33,6 +34,7 @@ class ClientModule(LightningModule):
         keep_optimizers: bool = True,
         joint: bool = False,
         proximal_weight: float = 0.0,
+        privacy: LocalPrivacy | None = None,
     ) -> None:
         """Keep the settings; the auxiliary model comes from the server.
 
@@ -51,6 +53,8 @@ class ClientModule(LightningModule):
                 own stage; both stages must have the same number of steps.
             proximal_weight: FedProx's mu, at least 0: half of it times the prompt's squared
                 distance from the received one is added to the loss of the second stage.
+            privacy: Shortens what the client changed and adds noise to it before it leaves; null
+                sends it as it is.
 
         Raises:
             ValueError: If a number is out of its range, or joint stages differ in their steps.
@@ -70,6 +74,7 @@ class ClientModule(LightningModule):
         self.reparameterization_size = reparameterization_size
         self.keep_optimizers = keep_optimizers
         self.proximal_weight = proximal_weight
+        self.privacy = privacy
         self.auxiliary: Auxiliary | None = None
         self.soft_prompt: SoftPrompt | None = None
         self._weights: Weights = {}
@@ -132,7 +137,8 @@ class ClientModule(LightningModule):
     def update(self, client_id: int, num_examples: int) -> ClientUpdate:
         """Return what leaves the client: its payload and its number of examples, nothing else.
 
-        Layers that the auxiliary model lacks keep the server's values.
+        Layers that the auxiliary model lacks keep the server's values. With `privacy` the change is
+        noised, and the number of examples is told as 1.
 
         Raises:
             RuntimeError: If nothing was received this round.
@@ -142,9 +148,23 @@ class ClientModule(LightningModule):
             raise RuntimeError("expected a broadcast before an update; call `receive()` first")
         payload = weights_payload(self._weights)
         if SOFT_PROMPT in self._received.payload:
+            payload[SOFT_PROMPT] = prompt.prefix().cpu()
+        if self.privacy is not None:
+            # before the layers are spread: what the client cannot change needs no noise
+            payload, num_examples = self._noised(payload, self._received, client_id), 1
+        if SOFT_PROMPT in payload:
             full = self._received.payload[SOFT_PROMPT]
-            payload[SOFT_PROMPT] = spread_layers(prompt.prefix().cpu(), auxiliary.slots, full)
+            payload[SOFT_PROMPT] = spread_layers(payload[SOFT_PROMPT], auxiliary.slots, full)
         return ClientUpdate(self._received.round_idx, client_id, payload, num_examples)
+
+    def _noised(self, payload: Payload, received: ServerBroadcast, client_id: int) -> Payload:
+        if self.privacy is None or self._start is None:
+            raise RuntimeError("expected a broadcast and `privacy`; call `receive()` first")
+        start = {**received.payload, SOFT_PROMPT: self._start}
+        reference = {name: start[name] for name in payload}
+        return self.privacy.privatize(
+            payload, reference, round_idx=received.round_idx, client_id=client_id
+        )
 
     def stage_parameters(self, stage: str) -> dict[str, Parameter]:
         """Return what a stage trains, by name."""

@@ -4,7 +4,7 @@ A client that is away costs no RAM beyond the bound that was set. The store know
 not what the state means, and nothing of the server.
 """
 
-from collections import OrderedDict
+from collections import Counter, OrderedDict
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -16,9 +16,11 @@ from fedsp.state_files import (
     load_state,
     remove_temporary_files,
     write_bytes_atomically,
+    write_text_atomically,
 )
 
 _CHUNK_BYTES = 2**20
+_ANSWERS = "answers.txt"
 
 
 class ClientStateStore:
@@ -26,7 +28,8 @@ class ClientStateStore:
 
     In a round: `put` each client of the cohort, save a checkpoint that holds `versions()`, then
     `commit`. Until then the files that the checkpoints on disk name are not touched, so `restore`
-    with any of these checkpoints' versions gives the states that belong to it.
+    with any of these checkpoints' versions gives the states that belong to it. What a client has
+    answered cannot be taken back: `count_answer` counts on whatever is restored.
     """
 
     def __init__(
@@ -59,6 +62,7 @@ class ClientStateStore:
         # Encoded, so that neither side can change what the other holds.
         self._memory: OrderedDict[int, bytes] = OrderedDict()
         self._memory_bytes = 0
+        self._answers: Counter[int] = Counter()
 
     def put(self, client_id: int, round_idx: int, tree: Tree) -> None:
         """Keep a client's state; it is on disk when this returns.
@@ -125,6 +129,25 @@ class ClientStateStore:
             self._remember(client_id, path.read_bytes())
         return tree
 
+    def count_answer(self, client_id: int) -> None:
+        """Note that a client is about to answer; it is on disk when this returns.
+
+        Raises:
+            OSError: If it cannot be written.
+        """
+        self._answers[client_id] += 1
+        path = self._directory / f"{client_id:06d}" / _ANSWERS
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write_text_atomically(path, f"{self._answers[client_id]}\n")
+
+    def answers(self) -> dict[int, int]:
+        """How often every client that was counted has answered, repeated rounds and all."""
+        return dict(self._answers)
+
+    def adopt_answers(self, answers: Mapping[int, int]) -> None:
+        """Take over what another process, or a checkpoint, has counted; no count gets smaller."""
+        self._answers |= Counter(answers)
+
     def versions(self) -> dict[int, int]:
         """Round of every client's newest state, by client; goes into the checkpoint."""
         return dict(self._versions)
@@ -159,6 +182,8 @@ class ClientStateStore:
         for folder in self._directory.glob("[0-9]*"):
             if self._deletes and folder.is_dir() and folder.name.isdecimal():
                 self._delete_others(folder, versions.get(int(folder.name)))
+        for path in self._directory.glob(f"[0-9]*/{_ANSWERS}"):
+            self.adopt_answers({int(path.parent.name): int(path.read_text())})
         self._versions = dict(versions)
         self._committed = [dict(versions)]
         self._superseded = []

@@ -17,6 +17,10 @@ from fedsp.messages import Contract, decode_broadcast, encode, encode_handout
 from fedsp.phases import Batches, ClientTurn, StageResult, train_client
 
 
+class BudgetSpentError(RuntimeError):
+    """A client cannot answer within its `client.privacy.max_epsilon` any more."""
+
+
 @dataclass(frozen=True)
 class Reply:
     """A client's answer.
@@ -67,6 +71,14 @@ class Executor(ABC):
     def commit(self) -> None:
         """Let go of what an older checkpoint would need; called when a newer one is safe."""
 
+    def metrics(self) -> dict[str, float]:
+        """Return what only the executor knows of the last round."""
+        return {}
+
+    def most_answers(self) -> int:
+        """Return how often the client with the most answers has answered, where that is known."""
+        return 0
+
 
 @dataclass(frozen=True)
 class Simulation:
@@ -109,6 +121,7 @@ class InProcessExecutor(Executor):
         self._initial = simulation.client.private_state()
         self._handed_out: set[int] = set()
         self._handout: tuple[dict[str, Any], int, str] | None = None
+        self._sat_out = 0
 
     def run(
         self,
@@ -120,7 +133,7 @@ class InProcessExecutor(Executor):
         """Let every client of the cohort work through one round; see `Executor.run`."""
         ledger = self.simulation.ledger
         broadcast_digest = digest(broadcast)
-        for client_id in cohort:
+        for client_id in self.within_budget(cohort):
             on_start(client_id)
             self.hand_out(round_idx, client_id)
             ledger.record_digest(round_idx, client_id, "down", *broadcast_digest)
@@ -129,8 +142,16 @@ class InProcessExecutor(Executor):
             yield reply
 
     def turn(self, round_idx: int, client_id: int, broadcast: bytes) -> Reply:
-        """Let one client work through a round; nothing is written into the ledger."""
+        """Let one client work through a round; nothing is written into the ledger.
+
+        Raises:
+            BudgetSpentError: If its answer would cost more than `client.privacy.max_epsilon`.
+        """
         shared, client = self.simulation, self.simulation.client
+        if not self._may_answer(client_id):
+            raise BudgetSpentError(
+                f"client {client_id} has spent its `client.privacy.max_epsilon`: it answers no more"
+            )
         kept = shared.store.get(client_id) or {"model": self._initial, "training": {}}
         # not held while the client trains: it may be as large as all that is trained
         client.load_private_state(kept.pop("model"))
@@ -147,8 +168,21 @@ class InProcessExecutor(Executor):
         # after the last loss
         if results and _is_finite([losses, state]):
             shared.store.put(client_id, round_idx, state)
+        if client.privacy is not None:
+            shared.store.count_answer(client_id)
         update = client.update(client_id, shared.data.client_num_examples(client_id))
         return Reply(client_id, encode(update, shared.contract.wire_dtype), results)
+
+    def within_budget(self, cohort: Sequence[int]) -> list[int]:
+        """Return the clients that may still answer; the others sit the round out."""
+        able = [client_id for client_id in cohort if self._may_answer(client_id)]
+        self._sat_out = len(cohort) - len(able)
+        return able
+
+    def _may_answer(self, client_id: int) -> bool:
+        privacy = self.simulation.client.privacy
+        answers = self.simulation.store.answers().get(client_id, 0)
+        return privacy is None or privacy.affords(answers)
 
     def hand_out(self, round_idx: int, client_id: int) -> None:
         """Write the auxiliary model into the ledger, where the client does not have it yet."""
@@ -164,17 +198,36 @@ class InProcessExecutor(Executor):
 
     def state_dict(self) -> dict[str, Any]:
         """Return who holds an auxiliary model, and which private states are valid."""
-        versions = self.simulation.store.versions()
-        return {"handed_out": sorted(self._handed_out), "versions": versions}
+        store = self.simulation.store
+        return {
+            "handed_out": sorted(self._handed_out),
+            "versions": store.versions(),
+            "answers": store.answers(),
+        }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Restore what `state_dict` returned; private states of a round in flight are dropped."""
         self._handed_out = set(state["handed_out"])
         self.simulation.store.restore(state["versions"])
+        self.simulation.store.adopt_answers(state["answers"])
 
     def commit(self) -> None:
         """Delete private states that only an older checkpoint names."""
         self.simulation.store.commit()
+
+    def metrics(self) -> dict[str, float]:
+        """Return the largest epsilon of a client, and how many sat the round out."""
+        privacy = self.simulation.client.privacy
+        if privacy is None:
+            return {}
+        return {
+            "privacy/client_epsilon": privacy.epsilon(self.most_answers()),
+            "privacy/sat_out": float(self._sat_out),
+        }
+
+    def most_answers(self) -> int:
+        """Return how often the client with the most answers has answered; 0 without noise."""
+        return max(self.simulation.store.answers().values(), default=0)
 
 
 def _is_finite(tree: Any) -> bool:

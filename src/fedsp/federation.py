@@ -23,6 +23,7 @@ from fedsp.messages import (
 )
 from fedsp.payload import Payload, add, shapes_of, subtract
 from fedsp.phases import Optimization, StageResult, train_server
+from fedsp.privacy import CentralPrivacy
 from fedsp.server import ServerModule
 
 
@@ -65,17 +66,32 @@ class Rules:
         aggregator: Combines the updates.
         server_optimizer: Steps the server's prompt towards the aggregate.
         acceptance: Decides how far the server goes along that step; None goes all the way.
+        privacy: Combines the updates in the aggregator's place, under noise; None adds none.
     """
 
     communication: Communication
     aggregator: Aggregator
     server_optimizer: ServerOptimizer
     acceptance: Acceptance | None = None
+    privacy: CentralPrivacy | None = None
 
     def contract(self, payload: Payload) -> Contract:
         """Return what a message that holds such a payload has to be."""
         communication = self.communication
         return Contract(shapes_of(payload), communication.wire_dtype, communication.max_update_norm)
+
+    def combining(self, round_idx: int, cohort: Sequence[int]) -> Aggregator:
+        """Return what combines a round's updates."""
+        if self.privacy is not None:
+            return self.privacy.begin(round_idx, cohort)
+        return self.aggregator
+
+    @property
+    def fewest_updates(self) -> int:
+        """Updates below which a round keeps its prompt; under noise it never does."""
+        if self.privacy is not None:
+            return 0
+        return max(self.communication.min_updates, self.aggregator.min_updates)
 
 
 class Federation:
@@ -136,7 +152,7 @@ class Federation:
         wire_dtype = self.rules.communication.wire_dtype
         data = encode(ServerBroadcast(round_idx, self.broadcast), wire_dtype)
         reference = decode_broadcast(data, self.contract).payload
-        aggregator = self.rules.aggregator
+        aggregator = self.rules.combining(round_idx, cohort)
         aggregator.reset(reference)
         replies: list[Reply] = []
         rejected = 0
@@ -159,8 +175,7 @@ class Federation:
                 aggregator.add(update)
                 call("on_update_accepted", round_idx, reply.client_id, update.payload, reference)
         accepted: dict[str, float] = {}
-        fewest = max(self.rules.communication.min_updates, aggregator.min_updates)
-        if len(replies) - rejected >= fewest:
+        if len(replies) - rejected >= self.rules.fewest_updates:
             # what rounding for the wire took off the payload is no client's doing: it stays
             aggregate = add(aggregator.result(), subtract(self.broadcast, reference))
             payload = self.rules.server_optimizer.step(self.broadcast, aggregate)
@@ -176,6 +191,8 @@ class Federation:
             "round/rejected_updates": float(rejected),
             "round/client_seconds": time.perf_counter() - started,
             **accepted,
+            **self.executor.metrics(),
+            **(self.rules.privacy.metrics() if self.rules.privacy is not None else {}),
             **_client_losses(replies),
         }
 
@@ -224,6 +241,7 @@ class Federation:
             "optimization": self.optimization.state_dict(),
             "server_optimizer": self.rules.server_optimizer.state_dict(),
             "executor": self.executor.state_dict(),
+            "privacy": {} if self.rules.privacy is None else self.rules.privacy.state_dict(),
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -234,6 +252,8 @@ class Federation:
         self.optimization.load_state_dict(state["optimization"])
         self.rules.server_optimizer.load_state_dict(state["server_optimizer"], self.contract.shapes)
         self.executor.load_state_dict(state["executor"])
+        if self.rules.privacy is not None:
+            self.rules.privacy.load_state_dict(state["privacy"])
 
 
 def _client_losses(replies: Sequence[Reply]) -> dict[str, float]:

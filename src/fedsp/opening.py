@@ -117,15 +117,35 @@ def check_trainer(trainer: Any, client: ClientModule) -> None:
         client: Plays every client.
 
     Raises:
-        ValueError: As `check_run`, or if the aggregator needs a larger cohort, or the acceptance a
-            selection split.
+        ValueError: As `check_run`, or if the aggregator needs a larger cohort, the acceptance a
+            selection split, or noise cannot make the run private.
     """
     server, data, evaluation = trainer.server, trainer.data, trainer.history.evaluation
     cohort = trainer.sampler.cohort(data.num_clients, seed=trainer.seed, round_idx=0)
     trainer.rules.aggregator.check(len(cohort))
     if trainer.rules.acceptance is not None:
         trainer.rules.acceptance.check(data)
+    _check_privacy(trainer, client, len(cohort))
     check_run(server, client, data, cohort=cohort, evaluation=evaluation)
+
+
+def _check_privacy(trainer: Any, client: ClientModule, cohort_size: int) -> None:
+    rules, data = trainer.rules, trainer.data
+    if (rules.privacy or client.privacy) and data.pool_clients:
+        raise ValueError(
+            "`data.pool_clients: true` lets the server train on the clients' rows, which no noise "
+            "hides. Leave it out, or `trainer.privacy` and `client.privacy`."
+        )
+    if client.privacy is not None:
+        client.privacy.check()
+    if rules.privacy is not None:
+        rules.privacy.check(
+            aggregator=rules.aggregator,
+            min_updates=rules.communication.min_updates,
+            sampler=trainer.sampler,
+            seed=trainer.seed,
+            sizes=(cohort_size, data.num_clients),
+        )
 
 
 def check_run(
@@ -267,6 +287,9 @@ def open_federation(trainer: Any, client: ClientModule) -> Federation:
     trainer.call("on_distillation_end", made.before, made.after, made.cached)
     cohort = install(trainer, client, made.auxiliary)
     ranks = Ranks(trainer.fabric)
+    if trainer.rules.privacy is not None:
+        budget = trainer.folder.privacy_budget
+        trainer.rules.privacy.start(len(cohort), data.num_clients, ranks, budget)
     simulation = Simulation(
         fabric=trainer.fabric,
         client=client,

@@ -44,6 +44,7 @@ class ParallelExecutor(Executor):
         """Let every client of the cohort work through one round; see `Executor.run`."""
         shared = self._local.simulation
         broadcast_digest = digest(broadcast)
+        cohort = self._local.within_budget(cohort)
         for client_id in cohort:
             self._local.hand_out(round_idx, client_id)
             shared.ledger.record_digest(round_idx, client_id, "down", *broadcast_digest)
@@ -70,11 +71,13 @@ class ParallelExecutor(Executor):
             "versions": {
                 r.client_id: v for r in replies if (v := versions.get(r.client_id, -1)) >= 0
             },
+            "answers": store.answers(),
             "precision": precision.state_dict(),
         }
         trees: list[Any] = [decode_state(data) for data in self._ranks.gather(encode_state(own))]
         for tree in trees:
             store.adopt(tree["versions"])
+            store.adopt_answers(tree["answers"])
         # a loss scale moves with the batches that a rank has seen: from here on it is one again
         precision.load_state_dict(trees[0]["precision"])
         all_replies = [_as_reply(tree) for part in trees for tree in part["replies"]]
@@ -95,6 +98,14 @@ class ParallelExecutor(Executor):
     def commit(self) -> None:
         """Let go of private states that only an older checkpoint names."""
         self._local.commit()
+
+    def metrics(self) -> dict[str, float]:
+        """Return what is known of the last round on all ranks; see `InProcessExecutor.metrics`."""
+        return self._local.metrics()
+
+    def most_answers(self) -> int:
+        """Return the same as one process would; see `InProcessExecutor.most_answers`."""
+        return self._local.most_answers()
 
 
 def divide(work: Mapping[int, float], num_shares: int) -> list[list[int]]:

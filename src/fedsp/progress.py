@@ -20,7 +20,16 @@ from fedsp.baseline import ServerOnlyBaseline
 from fedsp.callbacks import FederatedCallback
 from fedsp.display import human_seconds
 from fedsp.report import end_report, next_commands, resume_command
-from fedsp.round_table import ACCURACY, AUXILIARY, BASELINE, F1, RoundTable
+from fedsp.round_table import (
+    ACCURACY,
+    AUXILIARY,
+    BASELINE,
+    CLIENT_EPSILON,
+    EPSILON,
+    F1,
+    Column,
+    RoundTable,
+)
 from fedsp.summary import start_summary
 
 # a loss is read from the device at most this often: each reading waits for all work before it
@@ -303,15 +312,7 @@ class RichProgress(FederatedCallback):
         """Write the table's head, the start's measurements, and the rounds before a resume."""
         if self._table is not None:
             return
-        history, without = trainer.history, []
-        if not trainer.client.stages["auxiliary"].steps:
-            without.append(AUXILIARY)
-        if "server/val_accuracy" not in history.zero_shot:
-            without.append(ACCURACY)
-        if "server/val_f1" not in history.zero_shot:
-            without.append(F1)
-        if not any(isinstance(callback, ServerOnlyBaseline) for callback in trainer.callbacks):
-            without.append(BASELINE)
+        history, without = trainer.history, _without(trainer)
         self._table = RoundTable(width=self.console.width, without=without)
         for line in self._table.header():
             self._print(line)
@@ -341,6 +342,20 @@ class RichProgress(FederatedCallback):
 def _crosses_a_tenth(step: int, total_steps: int) -> bool:
     lines = _PLAIN_DISTILLATION_LINES
     return step * lines // total_steps > (step - 1) * lines // total_steps
+
+
+def _without(trainer: Any) -> list[Column]:
+    """Columns that a run has nothing for."""
+    zero_shot, callbacks = trainer.history.zero_shot, trainer.callbacks
+    has = {
+        AUXILIARY: trainer.client.stages["auxiliary"].steps > 0,
+        ACCURACY: "server/val_accuracy" in zero_shot,
+        F1: "server/val_f1" in zero_shot,
+        BASELINE: any(isinstance(callback, ServerOnlyBaseline) for callback in callbacks),
+        EPSILON: trainer.rules.privacy is not None,
+        CLIENT_EPSILON: trainer.client.privacy is not None,
+    }
+    return [column for column, is_there in has.items() if not is_there]
 
 
 def _client_name(trainer: Any, client_id: int) -> str:

@@ -43,7 +43,10 @@ def end_report(trainer: Any, results: Mapping[str, Any], initial: Metrics) -> Re
         parts += [result_table(splits, best_label(trainer)), Text()]
     parts.append(
         sections(
-            [("Cost", cost_rows(trainer.history.rounds)), ("Files", file_rows(trainer.folder))]
+            [
+                ("Cost", [*cost_rows(trainer.history.rounds), *privacy_rows(results)]),
+                ("Files", file_rows(trainer.folder)),
+            ]
         )
     )
     return Group(*parts)
@@ -130,6 +133,49 @@ def cost_rows(rounds: list[dict[str, float]]) -> Rows:
     if total["round/rejected_updates"]:
         rows.append(("rejected", plural(int(total["round/rejected_updates"]), "update")))
     return rows
+
+
+def privacy_results(trainer: Any) -> dict[str, Any]:
+    """Return what noise promises and what it has cost, for `results.json`; empty without noise.
+
+    Args:
+        trainer: At the end of its run.
+    """
+    central, local = trainer.rules.privacy, trainer.client.privacy
+    found = {}
+    if central is not None:
+        found["central"] = central.report()
+    if local is not None:
+        found["local"] = local.report(trainer.federation.executor.most_answers())
+    return {"differential_privacy": found} if found else {}
+
+
+def privacy_rows(results: Mapping[str, Any]) -> Rows:
+    """Return what was spent of either budget.
+
+    Args:
+        results: What `results.json` holds.
+    """
+    whose = {"central": "of a client, server's noise", "local": "of a client, its own noise"}
+    rows = []
+    for where, found in results.get("differential_privacy", {}).items():
+        budget = "" if found["max_epsilon"] is None else f" of {found['max_epsilon']:.4g}"
+        rows.append(
+            (
+                "privacy",
+                f"epsilon {found['epsilon']:.4g}{budget} at delta {found['delta']:.3g}, "
+                f"{whose[where]}, {plural(found['releases'], 'release')}",
+            )
+        )
+    return rows
+
+
+def spent_text(rounds_done: int) -> str:
+    """Return why a run ends before its last round where the server's budget is spent."""
+    return (
+        f"The run ends after {plural(rounds_done, 'round')}: another one would cost more than "
+        "`trainer.privacy.max_epsilon`."
+    )
 
 
 def speed_text(rounds: list[dict[str, float]], who: str) -> str:

@@ -57,6 +57,10 @@ def _percent(value: float) -> str:
     return f"{100 * value:.1f}%"
 
 
+def _epsilon(value: float) -> str:
+    return f"{value:.3g}" if value < 1000 else f"{value:.0f}"
+
+
 def _duration(seconds: float) -> str:
     return human_seconds(seconds).replace(" ", "") if seconds >= 60 else human_seconds(seconds)
 
@@ -65,6 +69,8 @@ BASELINE = Column("baseline", "val", "baseline/val_loss", 8, _loss)
 AUXILIARY = Column("clients", "aux", "client/auxiliary_loss", 6, _loss, leaves=2)
 ACCURACY = Column("server", "acc", "server/val_accuracy", 6, _percent)
 F1 = Column("server", "f1", "server/val_f1", 6, _percent)
+EPSILON = Column("budget", "eps", "privacy/epsilon", 6, _epsilon)
+CLIENT_EPSILON = Column("budget", "client", "privacy/client_epsilon", 6, _epsilon, leaves=1)
 _ALWAYS = (
     Column("clients", "n", "round/clients", 3, _count, leaves=3),
     Column("clients", "rej", "round/rejected_updates", 3, _count, leaves=5),
@@ -77,6 +83,8 @@ _ALWAYS = (
     F1,
     Column("server", "tok/s", "server/tokens_per_second", 6, _rate, leaves=7),
     BASELINE,
+    EPSILON,
+    CLIENT_EPSILON,
     Column("traffic", "up", "comm/up_bytes", 6, _bytes),
     Column("traffic", "down", "comm/down_bytes", 6, _bytes, leaves=1),
     Column("", "time", "round/seconds", 6, _duration, leaves=4),

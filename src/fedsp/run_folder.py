@@ -43,6 +43,7 @@ class RunFolder:
         self.harness = self.path / "harness.json"
         self.harness_samples = self.path / "harness_samples.jsonl"
         self.privacy = self.path / "privacy.json"
+        self.privacy_budget = self.path / "privacy_budget.json"
         self.predictions = self.path / "predictions.jsonl"
 
     def check(self, *, resume: bool) -> None:

@@ -17,6 +17,8 @@ RESUME_IGNORES = (
     "trainer.keep_checkpoints",
     "trainer.client_memory_bytes",
     "trainer.enable_progress_bar",
+    "trainer.privacy.init_args.max_epsilon",
+    "client.init_args.privacy.init_args.max_epsilon",
     "model.init_args.backbone.sharded",
     "ckpt_path",
     "config",

@@ -3,6 +3,7 @@
 Only reads what the trainer holds; when and where it is printed is not known here.
 """
 
+from collections import Counter
 from collections.abc import Iterable
 from typing import Any
 
@@ -39,6 +40,7 @@ def start_summary(trainer: Any) -> RenderableType:
         ("Auxiliary", quality_rows(trainer.preparation)),
         ("Data", data_rows(trainer.data.describe())),
         ("Traffic", traffic_rows(trainer)),
+        *([("Privacy", rows)] if (rows := privacy_rows(trainer)) else []),
         ("Run", run_rows(trainer)),
     ]
     title = Rule(Text(f"FedSP  {trainer.folder.path}", "bold"), align="left", style="dim")
@@ -182,6 +184,29 @@ def traffic_rows(trainer: Any) -> Rows:
         ),
         ("hand-out", f"{human_bytes(handout)} once a client: the auxiliary model"),
     ]
+
+
+def privacy_rows(trainer: Any) -> Rows:
+    """Return what noise hides a client, and what the whole run may cost; empty without noise."""
+    rows: Rows = []
+    central, local = trainer.rules.privacy, trainer.client.privacy
+    cohorts = [trainer.cohort(round_idx) for round_idx in range(trainer.num_rounds)]
+    if central is not None:
+        noise = f"noise {central.noise_multiplier:g} x clipping norm {central.clipping.norm:g}"
+        rows.append(("server", f"{noise} on the sum of {central.mean.cohort_size} changes"))
+        cost = _cost(central, central.planned_epsilon(cohorts))
+        rows.append(("", f"{cost}, amplification: {central.amplification}"))
+    if local is not None:
+        noise = f"noise {local.noise_multiplier:g} x clipping norm {local.clip_norm:g}"
+        rows.append(("client", f"{noise} on each change"))
+        counts = Counter(client_id for cohort in cohorts for client_id in cohort)
+        rows.append(("", _cost(local, local.epsilon(max(counts.values(), default=0)))))
+    return rows
+
+
+def _cost(privacy: Any, epsilon: float) -> str:
+    budget = "" if privacy.max_epsilon is None else f", of which {privacy.max_epsilon:g} are given"
+    return f"epsilon {epsilon:.4g} at delta {privacy.delta:g} for all rounds{budget}"
 
 
 def run_rows(trainer: Any) -> Rows:

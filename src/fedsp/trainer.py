@@ -41,10 +41,12 @@ from fedsp.plan import make_plan
 from fedsp.plan_table import print_plan
 from fedsp.predictions import check_output, write_predictions
 from fedsp.preparation import check_handed_out, handed_out
+from fedsp.privacy import CentralPrivacy
 from fedsp.privacy_report import report_privacy
 from fedsp.progress import RichProgress
 from fedsp.prompts import Prompts
 from fedsp.ranks import Ranks
+from fedsp.report import privacy_results, spent_text
 from fedsp.round_recorder import RoundRecorder
 from fedsp.run_folder import RunFolder
 from fedsp.run_state import RESUME_IGNORES, capture, restore
@@ -76,6 +78,7 @@ class FederatedTrainer:
         aggregator: Aggregator | None = None,
         server_optimizer: OptimizerCallable | None = None,
         acceptance: Acceptance | None = None,
+        privacy: CentralPrivacy | None = None,
         communication: Communication = Communication(),
         evaluation: Evaluation = Evaluation(),
         seed: int | None = None,
@@ -104,6 +107,8 @@ class FederatedTrainer:
                 FedAdam, ...); null takes the aggregate as it is (FedAvg).
             acceptance: Measures how much of the clients' step helps the global model, and takes
                 that much; null takes all of it.
+            privacy: Clips the updates, averages them under noise and ends the run when the budget
+                is spent (docs/differential-privacy.md); null averages them as they are.
             communication: What travels, and what is done with it.
             evaluation: When to measure on the selection split, what picks the best round, when to
                 stop.
@@ -151,6 +156,7 @@ class FederatedTrainer:
             aggregator or StreamingMean(),
             ServerOptimizer(server_optimizer),
             acceptance,
+            privacy,
         )
         self.history = History(evaluation)
         self.seed = seed or 0
@@ -194,8 +200,10 @@ class FederatedTrainer:
         status = "failed"
         try:
             self._open(client, state)
-            while self.history.rounds_done < self.num_rounds and not self.history.should_stop:
+            while self._goes_on() and self._can_pay(self.history.rounds_done):
                 self._run_round(self.history.rounds_done)
+            if self._goes_on():
+                self.fabric.print(spent_text(self.history.rounds_done))
             self._conclude()
             status = "success"
         except BaseException as exception:
@@ -205,13 +213,25 @@ class FederatedTrainer:
             self.tracker.finalize(status)
             self.ledger.close()
 
+    def _goes_on(self) -> bool:
+        return self.history.rounds_done < self.num_rounds and not self.history.should_stop
+
+    def _can_pay(self, round_idx: int) -> bool:
+        """Whether a round stays within the privacy budget."""
+        privacy = self.rules.privacy
+        return privacy is None or privacy.affords(self.cohort(round_idx))
+
+    def cohort(self, round_idx: int) -> list[int]:
+        """Return the clients of a round."""
+        return self.sampler.cohort(self.data.num_clients, seed=self.seed, round_idx=round_idx)
+
     def _run_round(self, round_idx: int) -> None:
         started = time.perf_counter()
-        cohort = self.sampler.cohort(self.data.num_clients, seed=self.seed, round_idx=round_idx)
+        cohort = self.cohort(round_idx)
         self.call("on_round_start", round_idx, cohort)
         metrics = self.federation.collect(round_idx, cohort, self.call)
         metrics |= self.federation.train_server(round_idx, self.call)
-        if self.history.is_due(round_idx, self.num_rounds):
+        if self.history.is_due(round_idx, self.num_rounds) or not self._can_pay(round_idx + 1):
             metrics |= self._select(round_idx)
         metrics |= {f"comm/{k}": float(v) for k, v in self.ledger.totals(round_idx).items()}
         metrics |= {"round": float(round_idx), "round/seconds": time.perf_counter() - started}
@@ -500,6 +520,7 @@ class FederatedTrainer:
                 "best": self.measure(self.server, "test"),
             }
         self.call("on_test_end", results)
+        results |= privacy_results(self)
         results["rounds"] = self.history.rounds
         text = json.dumps(results, indent=2) + "\n"
         self.write(write_text_atomically, self.folder.results, text)
