@@ -119,7 +119,7 @@ class RoundTable:
         groups, titles = Text("* = best".ljust(_LABEL_WIDTH)), Text("round".rjust(_LABEL_WIDTH))
         for group, columns in self._groups():
             span = sum(column.width for column in columns) + len(columns) - 1
-            heading = f" {group} " if group and len(group) + 2 <= span else group
+            heading = f" {group} " if group and len(group) + 2 <= span else group[:span]
             groups.append("  " + heading.center(span, "-" if group else " "))
             titles.append(" ")
             for column in columns:
