@@ -316,3 +316,34 @@ def test_a_state_with_a_flipped_bit_is_named_when_it_is_used(tmp_path, max_in_me
     store.restore({0: 0})
     with pytest.raises(RuntimeError, match=r"state of client 0 cannot be .* match its checksum"):
         store.get(0)
+
+
+# --- answers ----------------------------------------------------------------------------------
+
+
+def test_answers_are_counted_on_disk_and_no_restore_takes_them_back(tmp_path):
+    store = ClientStateStore(tmp_path)
+    store.put(0, 0, state(0, 0))
+    store.count_answer(0)
+    store.count_answer(0)
+    store.count_answer(5)
+    assert store.answers() == {0: 2, 5: 1}
+    assert (tmp_path / "000000" / "answers.txt").read_text() == "2\n"
+    other = ClientStateStore(tmp_path)
+    other.restore({})
+    assert other.answers() == {0: 2, 5: 1}
+    assert files(tmp_path) == ["000000/answers.txt", "000005/answers.txt"]
+    other.count_answer(5)
+    other.restore({})
+    assert other.answers() == {0: 2, 5: 2}
+
+
+def test_of_two_counts_of_answers_the_larger_one_stays(tmp_path):
+    store = ClientStateStore(tmp_path)
+    store.count_answer(0)
+    store.adopt_answers({0: 3, 1: 1})
+    assert store.answers() == {0: 3, 1: 1}
+    store.adopt_answers({0: 2})
+    store.count_answer(0)
+    assert store.answers() == {0: 4, 1: 1}
+    assert (tmp_path / "000000" / "answers.txt").read_text() == "4\n"

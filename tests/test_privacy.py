@@ -246,7 +246,8 @@ def test_the_budget_ends_the_run_before_the_round_that_would_exceed_it(
     assert spent(trainer)[-1] == pytest.approx(by_hand(1.0, 2), rel=1e-12)
     assert "server/val_loss" in trainer.history.rounds[-1]
     assert "The run ends after 2 rounds: another one would cost more" in capsys.readouterr().out
-    assert (run_dir / "adapter").is_dir()
+    card = (run_dir / "adapter" / "README.md").read_text()
+    assert f"| differential_privacy, central, epsilon | {by_hand(1.0, 2):.6g} |" in card
     assert "test" in json.loads((run_dir / "results.json").read_text())
     again = fit(
         tmp_path,

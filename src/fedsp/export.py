@@ -18,6 +18,7 @@ from fedsp.server import ServerModule
 from fedsp.state_files import remove_temporary_files, write_bytes_atomically
 
 WEIGHTS = "adapter_model.safetensors"
+_ON_CARD = ("selection", "test", "differential_privacy")
 
 
 def export_adapter(
@@ -105,7 +106,7 @@ def export_tuned(server: ServerModule, folder: Path, results: dict[str, Any]) ->
         server.tuned_weights.export(server.weights(), backbone, folder, base_model)
         if not prompt.num_virtual_tokens:
             return
-    figures = {name: value for name, value in results.items() if name in ("selection", "test")}
+    figures = {name: value for name, value in results.items() if name in _ON_CARD}
     export_adapter(prompt.prefix(), backbone, folder, base_model=base_model, results=figures)
 
 
