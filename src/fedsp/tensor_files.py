@@ -105,6 +105,10 @@ def read_header(data: Buffer, max_bytes: int = _MAX_HEADER_BYTES) -> Header:
     if not isinstance(metadata, dict) or not all(isinstance(v, str) for v in metadata.values()):
         raise ValueError("the header's metadata is not a map from text to text")
     tensors = {name: _parse_entry(name, entry) for name, entry in fields.items()}
+    try:
+        "".join([*metadata, *metadata.values(), *tensors]).encode()
+    except UnicodeEncodeError:
+        raise ValueError("the header holds half of a surrogate pair, which is no text") from None
     position = 0
     for name, entry in sorted(tensors.items(), key=lambda item: item[1][2:]):
         if entry.start != position:
