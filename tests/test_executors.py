@@ -17,6 +17,7 @@ from fedsp.executors import InProcessExecutor, Reply, Simulation
 from fedsp.ledger import Ledger, read_ledger
 from fedsp.messages import (
     Contract,
+    MessageError,
     ServerBroadcast,
     decode_update,
     encode,
@@ -245,6 +246,11 @@ def test_a_handout_after_a_restart_is_the_same_and_not_a_clients_own_model(
     rows = second.rows(kind="auxiliary_handout")
     assert [row["client"] for row in rows] == [0, 1, 2]
     assert {row["sha256"] for row in rows} == {hashlib.sha256(second.handout).hexdigest()}
+
+
+def test_a_client_refuses_the_broadcast_of_another_round(world: World) -> None:
+    with pytest.raises(MessageError, match="server_broadcast: expected round_idx 4, got 3"):
+        world.executor.turn(4, 0, world.broadcast(3))
 
 
 @pytest.mark.parametrize("wire_dtype", ["float32", "bfloat16"])

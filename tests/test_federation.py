@@ -1,5 +1,6 @@
 """The server's side of a round with clients made up by the test: every figure is known by hand."""
 
+import re
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -22,7 +23,7 @@ from fedsp.executors import Executor, Reply
 from fedsp.federation import Communication, Federation, Rules
 from fedsp.messages import (
     ClientUpdate,
-    MessageError,
+    ServerBroadcast,
     decode_broadcast,
     decode_update,
     encode,
@@ -278,34 +279,102 @@ def test_a_rule_is_not_asked_about_fewer_updates_than_it_needs(tmp_path: Path) -
     assert torch.equal(federation.broadcast["soft_prompt"], start)
 
 
-@pytest.mark.parametrize("fault", ["another client", "another round", "weights", "noise"])
-def test_an_answer_that_is_not_that_clients_prompt_stops_the_run(
+FAULTS = {
+    "another client": "expected client_id 1, got 7",
+    "another round": "expected round_idx 0, got 5",
+    "weights": "expected the kind client_update, got 'auxiliary_handout'",
+    "noise": "bytes of numbers",
+    "a broadcast": "expected the kind client_update, got 'server_broadcast'",
+}
+
+
+class Forging(Scripted):
+    """Client 1 answers with other bytes than its own update."""
+
+    fault = ""
+
+    def forged(self, prefix: Tensor) -> bytes:
+        own = {"soft_prompt": prefix}
+        messages = {
+            "another client": lambda: encode(ClientUpdate(0, 7, own, 1), "float32"),
+            "another round": lambda: encode(ClientUpdate(5, 1, own, 1), "float32"),
+            "weights": lambda: encode_handout({"lm_head.weight": prefix}),
+            "noise": lambda: b"not a message at all",
+            "a broadcast": lambda: encode(ServerBroadcast(0, own), "float32"),
+        }
+        return messages[self.fault]()
+
+    def run(self, *args: Any) -> Iterator[Reply]:
+        prefix = decode_broadcast(args[2], self.contract).payload["soft_prompt"]
+        for reply in super().run(*args):
+            data = reply.data if reply.client_id != 1 else self.forged(prefix)
+            yield Reply(reply.client_id, data, reply.stages)
+
+
+@pytest.mark.parametrize("fault", FAULTS)
+def test_an_answer_that_is_not_that_clients_prompt_is_rejected_and_the_others_count(
     tmp_path: Path, fault: str
 ) -> None:
     federation = make_federation(tmp_path)
-
-    class Foreign(Scripted):
-        def run(self, *args: Any) -> Iterator[Reply]:
-            for reply in super().run(*args):
-                prefix = federation.broadcast["soft_prompt"]
-                forged = {
-                    "another client": encode(
-                        ClientUpdate(0, 7, {"soft_prompt": prefix}, 1), "float32"
-                    ),
-                    "another round": encode(
-                        ClientUpdate(5, reply.client_id, {"soft_prompt": prefix}, 1), "float32"
-                    ),
-                    "weights": encode_handout({"lm_head.weight": torch.zeros(4, 4)}),
-                    "noise": b"not a message at all",
-                }[fault]
-                yield Reply(reply.client_id, forged, reply.stages)
-
-    executor = Foreign(wander)
-    executor.contract = federation.contract
-    federation.executor = executor
+    federation.executor = executor = Forging(wander)
+    executor.contract, executor.fault = federation.contract, fault
     start = federation.broadcast["soft_prompt"].clone()
-    with pytest.raises(MessageError):
-        federation.collect(0, [0], Calls())
+    calls = Calls()
+    metrics = federation.collect(0, [0, 1, 2], calls)
+    expected = torch.stack([wander(start, 0, client_id) for client_id in (0, 2)]).double().mean(0)
+    assert torch.equal(federation.broadcast["soft_prompt"], expected.float())
+    assert metrics["round/clients"] == 3
+    assert metrics["round/rejected_updates"] == 1
+    (rejection,) = [call for call in calls.made if call[0] == "on_update_rejected"]
+    assert rejection[1:3] == (0, 1)
+    assert re.search(FAULTS[fault], rejection[3])
+
+
+def test_if_nobody_answers_well_the_prompt_stays(tmp_path: Path) -> None:
+    federation = make_federation(tmp_path)
+    federation.executor = executor = Forging(wander)
+    executor.contract, executor.fault = federation.contract, "noise"
+    start = federation.broadcast["soft_prompt"].clone()
+    federation.collect(0, [1], Calls())
+    assert torch.equal(federation.broadcast["soft_prompt"], start)
+
+
+class Insistent(Scripted):
+    """After the honest answers: client 0 once more, and two that were not asked."""
+
+    def run(self, *args: Any) -> Iterator[Reply]:
+        yield from super().run(*args)
+        prefix = decode_broadcast(args[2], self.contract).payload["soft_prompt"]
+        for client_id in (0, 1, 2**40):
+            update = ClientUpdate(args[0], client_id, {"soft_prompt": prefix + 9}, 1)
+            yield Reply(client_id, encode(update, "float32"), {})
+
+
+def test_second_answers_and_answers_of_who_was_not_asked_are_rejected(tmp_path: Path) -> None:
+    federation = make_federation(tmp_path)
+    federation.executor = executor = Insistent(wander)
+    executor.contract = federation.contract
+    start = federation.broadcast["soft_prompt"].clone()
+    calls = Calls()
+    metrics = federation.collect(4, [0, 2], calls)
+    expected = torch.stack([wander(start, 4, client_id) for client_id in (0, 2)]).double().mean(0)
+    assert torch.equal(federation.broadcast["soft_prompt"], expected.float())
+    assert metrics["round/clients"] == 2
+    assert metrics["round/rejected_updates"] == 3
+    assert [call[2:] for call in calls.made if call[0] == "on_update_rejected"] == [
+        (0, "client 0 has answered round 4 already"),
+        (1, "client 1 was not asked in round 4"),
+        (2**40, "client 1099511627776 was not asked in round 4"),
+    ]
+    assert [call[2] for call in calls.made if call[0] == "on_client_end"] == [0, 2]
+
+
+def test_second_answers_do_not_make_up_for_missing_ones(tmp_path: Path) -> None:
+    federation = make_federation(tmp_path, communication=Communication(min_updates=3))
+    federation.executor = executor = Insistent(wander)
+    executor.contract = federation.contract
+    start = federation.broadcast["soft_prompt"].clone()
+    federation.collect(4, [0, 2], Calls())
     assert torch.equal(federation.broadcast["soft_prompt"], start)
 
 

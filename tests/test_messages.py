@@ -2,6 +2,7 @@ import contextlib
 import json
 import math
 import struct
+import tracemalloc
 
 import pytest
 import safetensors.torch
@@ -9,6 +10,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from fedsp.memory_probe import LiveTensors
 from fedsp.messages import (
     MAX_OVERHEAD_BYTES,
     AuxiliaryHandout,
@@ -17,6 +19,7 @@ from fedsp.messages import (
     MessageError,
     RejectedUpdate,
     ServerBroadcast,
+    check_sent,
     decode_broadcast,
     decode_handout,
     decode_update,
@@ -361,6 +364,41 @@ def test_an_update_whose_norm_overflows_float32_is_rejected():
         decode(data, Contract({"soft_prompt": SHAPE}, "float32", 1e38), torch.full(SHAPE, -largest))
 
 
+@pytest.mark.parametrize("bound", [None, 1e38])
+def test_a_change_that_float32_cannot_hold_is_rejected_with_and_without_a_bound(bound):
+    largest = torch.finfo(torch.float32).max
+    data = encode(update(torch.full(SHAPE, largest)), "float32")
+    contract = Contract({"soft_prompt": SHAPE}, "float32", bound)
+    with pytest.raises(RejectedUpdate, match="moved the payload"):
+        decode(data, contract, torch.full(SHAPE, -largest))
+
+
+def test_a_broadcast_of_another_round_is_refused_where_the_round_is_known():
+    data = encode(ServerBroadcast(7, {"soft_prompt": prompt()}), "float32")
+    assert decode_broadcast(data, CONTRACT, round_idx=7).round_idx == 7
+    with pytest.raises(MessageError, match="server_broadcast: expected round_idx 8, got 7"):
+        decode_broadcast(data, CONTRACT, round_idx=8)
+
+
+# --- the sender's own look -------------------------------------------------------------------
+
+
+def test_what_is_not_the_clients_payload_does_not_leave_it():
+    check_sent(encode(update(), "float32"), CONTRACT, round_idx=5, client_id=3)
+    # values are the receiver's to judge
+    nothing = encode(update(torch.full(SHAPE, math.nan)), "float32")
+    check_sent(nothing, CONTRACT, round_idx=5, client_id=3)
+    for data in (
+        forge({"soft_prompt": prompt(), "lm_head": torch.zeros(2)}),
+        forge({"soft_prompt": prompt((2, 2, 1, 4, 3))}),
+        forge(client_id="4"),
+        forge(round_idx="6"),
+        encode_handout({"soft_prompt": prompt()}),
+    ):
+        with pytest.raises(MessageError):
+            check_sent(data, CONTRACT, round_idx=5, client_id=3)
+
+
 # --- hostile bytes ---------------------------------------------------------------------------
 
 FUZZ = settings(max_examples=400, deadline=None, derandomize=True, database=None)
@@ -504,3 +542,62 @@ def test_a_message_describes_itself():
 def test_what_is_no_message_is_not_described():
     with pytest.raises(MessageError, match="expected message version 1"):
         describe(safetensors.torch.save({"weight": torch.zeros(2)}))
+
+
+# --- claims --------------------------------------------------------------------------------------
+# Nothing is compressed, so that a few bytes can only claim to be many.
+
+
+def claiming(shape, span):
+    entry = {"dtype": "F32", "shape": shape, "data_offsets": span}
+    return frame({"__metadata__": METADATA, "soft_prompt": entry}, bytes(192))
+
+
+CLAIMS = {
+    "a header of 2**63 bytes": (2**63).to_bytes(8, "little") + bytes(400),
+    "a header of 4 GB": (2**32).to_bytes(8, "little") + bytes(400),
+    "a tensor of 4 TB": claiming([2**40], [0, 2**42]),
+    "a tensor of 2**62 numbers": claiming([2**31, 2**31], [0, 2**64]),
+    "no numbers in 2**60 rows": claiming([2**60, 0], [0, 0]),
+    "numbers of 4,000 digits": claiming([10**4000], [0, 4 * 10**4000]),
+    "lists in lists": frame(b"[" * 1000),
+}
+
+
+def peak_bytes(work):
+    """Most bytes that Python and torch hold at once beyond what was there before."""
+    with LiveTensors() as tensors:
+        tracemalloc.start()
+        work()
+        peak = tracemalloc.get_traced_memory()[1]
+        tracemalloc.stop()
+    return peak + tensors.peak_bytes
+
+
+def test_the_measure_of_memory_sees_both_kinds():
+    assert peak_bytes(lambda: bytes(10**6)) > 10**6
+    assert peak_bytes(lambda: torch.zeros(10**6)) > 4 * 10**6
+
+
+@pytest.mark.parametrize("claim", CLAIMS)
+def test_claims_of_huge_sizes_allocate_nothing(claim):
+    data = CLAIMS[claim]
+
+    def read_all():
+        for read in (decode, describe, decode_handout, lambda d: decode_broadcast(d, CONTRACT)):
+            with pytest.raises(MessageError):
+                read(data)
+
+    read_all()  # what is imported on the way
+    assert peak_bytes(read_all) < 400_000
+
+
+def test_a_header_of_many_megabytes_is_not_parsed():
+    data = frame(b"[" + b"[]," * 2**23 + b"[]]", b"")
+
+    def read():
+        for read in (describe, decode_handout):
+            with pytest.raises(MessageError, match="its header has 25165828 bytes, at most"):
+                read(data)
+
+    assert peak_bytes(read) < 400_000

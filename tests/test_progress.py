@@ -220,6 +220,14 @@ def test_a_loss_is_read_at_most_twice_a_second(
 # --- single events --------------------------------------------------------------------------------
 
 
+@pytest.mark.parametrize("client_id", [-1, 2**40])
+def test_who_is_nobody_of_this_run_has_no_name(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], client_id: int
+) -> None:
+    RichProgress().on_update_rejected(fake_trainer(tmp_path), 0, client_id, "not asked")
+    assert f"round 0, client {client_id}: the update is rejected" in capsys.readouterr().out
+
+
 def test_a_rejected_update_is_named_with_its_reason(tmp_path: Path) -> None:
     console = make_console(width=200)
     reason = "norm [1.5] above `max_update_norm`"

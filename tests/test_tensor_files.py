@@ -62,6 +62,8 @@ def framed(payload=b"", dtype="U8", shape=(1,), **spans):
         (frame(b'{"a":1,"a":2}'), "names something twice"),
         (frame(b'{"a":NaN}'), "which is not JSON"),
         (frame(b'{"__metadata__":{"a":1}}'), "not a map from text to text"),
+        (frame(b'{"\\ud800":{"dtype":"U8","shape":[0],"data_offsets":[0,0]}}'), "surrogate pair"),
+        (frame(b'{"__metadata__":{"a":"\\udfff"}}'), "surrogate pair"),
         (frame(b'{"a":{}}'), "must have exactly dtype, shape and data_offsets"),
         (framed(dtype="F7", a=(0, 0)), "unknown dtype"),
         (framed(dtype=["F32"], a=(0, 0)), "unknown dtype"),
@@ -79,3 +81,11 @@ def framed(payload=b"", dtype="U8", shape=(1,), **spans):
 def test_a_malformed_header_is_refused_with_its_reason(data, reason):
     with pytest.raises(ValueError, match=reason):
         read_header(data)
+
+
+def test_a_header_beyond_the_limit_is_not_parsed():
+    data = frame(b"not JSON at all")
+    with pytest.raises(ValueError, match="its header has 15 bytes, at most 14 are read"):
+        read_header(data, 14)
+    with pytest.raises(ValueError, match="Expecting value"):
+        read_header(data, 15)

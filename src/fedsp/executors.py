@@ -13,7 +13,7 @@ from fedsp.client import ClientModule
 from fedsp.client_state import ClientStateStore
 from fedsp.data import FederatedDataModule
 from fedsp.ledger import Ledger, digest
-from fedsp.messages import Contract, decode_broadcast, encode, encode_handout
+from fedsp.messages import Contract, check_sent, decode_broadcast, encode, encode_handout
 from fedsp.phases import Batches, ClientTurn, StageResult, train_client
 
 
@@ -146,6 +146,7 @@ class InProcessExecutor(Executor):
 
         Raises:
             BudgetSpentError: If its answer would cost more than `client.privacy.max_epsilon`.
+            MessageError: If the broadcast, or what the client would send, is not what it has to be.
         """
         shared, client = self.simulation, self.simulation.client
         if not self._may_answer(client_id):
@@ -155,7 +156,7 @@ class InProcessExecutor(Executor):
         kept = shared.store.get(client_id) or {"model": self._initial, "training": {}}
         # not held while the client trains: it may be as large as all that is trained
         client.load_private_state(kept.pop("model"))
-        client.receive(decode_broadcast(broadcast, shared.contract))
+        client.receive(decode_broadcast(broadcast, shared.contract, round_idx=round_idx))
 
         def loader(start: int, num_batches: int) -> Batches:
             return shared.data.client_dataloader(client_id, start_step=start, num_steps=num_batches)
@@ -171,7 +172,9 @@ class InProcessExecutor(Executor):
         if client.privacy is not None:
             shared.store.count_answer(client_id)
         update = client.update(client_id, shared.data.client_num_examples(client_id))
-        return Reply(client_id, encode(update, shared.contract.wire_dtype), results)
+        data = encode(update, shared.contract.wire_dtype)
+        check_sent(data, shared.contract, round_idx=round_idx, client_id=client_id)
+        return Reply(client_id, data, results)
 
     def within_budget(self, cohort: Sequence[int]) -> list[int]:
         """Return the clients that may still answer; the others sit the round out."""

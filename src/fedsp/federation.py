@@ -2,7 +2,7 @@
 
 import math
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Container, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, Literal
@@ -15,6 +15,7 @@ from fedsp.data import FederatedDataModule
 from fedsp.executors import Executor, Reply
 from fedsp.messages import (
     Contract,
+    MessageError,
     RejectedUpdate,
     ServerBroadcast,
     decode_broadcast,
@@ -137,6 +138,9 @@ class Federation:
     ) -> dict[str, float]:
         """Broadcast, let the cohort work, check what comes back and aggregate it.
 
+        Whatever clients answer, the round goes on: an answer that is not that client's payload, not
+        finite, too far away, not asked for or a second one is left out, told of and counted.
+
         Args:
             round_idx: 0-based communication round.
             cohort: Client ids.
@@ -144,9 +148,6 @@ class Federation:
 
         Returns:
             The round's metrics of the clients.
-
-        Raises:
-            MessageError: If an answer is anything but that client's payload.
         """
         started = time.perf_counter()
         wire_dtype = self.rules.communication.wire_dtype
@@ -154,13 +155,18 @@ class Federation:
         reference = decode_broadcast(data, self.contract).payload
         aggregator = self.rules.combining(round_idx, cohort)
         aggregator.reset(reference)
-        replies: list[Reply] = []
-        rejected = 0
+        replies: dict[int, Reply] = {}
+        answers = rejected = 0
         on_start = partial(call, "on_client_start", round_idx)
         for reply in self.executor.run(round_idx, cohort, data, on_start):
-            call("on_client_end", round_idx, reply.client_id, reply.stages)
-            replies.append(Reply(reply.client_id, b"", reply.stages))
+            answers += 1
+            objection = _objection(reply.client_id, round_idx, cohort, replies)
+            if not objection:
+                call("on_client_end", round_idx, reply.client_id, reply.stages)
+                replies[reply.client_id] = Reply(reply.client_id, b"", reply.stages)
             try:
+                if objection:
+                    raise RejectedUpdate(objection)
                 update = decode_update(
                     reply.data,
                     self.contract,
@@ -168,14 +174,14 @@ class Federation:
                     round_idx=round_idx,
                     client_id=reply.client_id,
                 )
-            except RejectedUpdate as reason:
+            except (MessageError, RejectedUpdate) as reason:
                 rejected += 1
                 call("on_update_rejected", round_idx, reply.client_id, str(reason))
             else:
                 aggregator.add(update)
                 call("on_update_accepted", round_idx, reply.client_id, update.payload, reference)
         accepted: dict[str, float] = {}
-        if len(replies) - rejected >= self.rules.fewest_updates:
+        if answers - rejected >= self.rules.fewest_updates:
             # what rounding for the wire took off the payload is no client's doing: it stays
             aggregate = add(aggregator.result(), subtract(self.broadcast, reference))
             payload = self.rules.server_optimizer.step(self.broadcast, aggregate)
@@ -193,7 +199,7 @@ class Federation:
             **accepted,
             **self.executor.metrics(),
             **(self.rules.privacy.metrics() if self.rules.privacy is not None else {}),
-            **_client_losses(replies),
+            **_client_losses(list(replies.values())),
         }
 
     def train_server(self, round_idx: int, call: Callable[..., None]) -> dict[str, float]:
@@ -254,6 +260,17 @@ class Federation:
         self.executor.load_state_dict(state["executor"])
         if self.rules.privacy is not None:
             self.rules.privacy.load_state_dict(state["privacy"])
+
+
+def _objection(
+    client_id: int, round_idx: int, cohort: Sequence[int], answered: Container[int]
+) -> str:
+    """Say why nobody waits for this client's answer; the first one that is asked for counts."""
+    if client_id not in cohort:
+        return f"client {client_id} was not asked in round {round_idx}"
+    if client_id in answered:
+        return f"client {client_id} has answered round {round_idx} already"
+    return ""
 
 
 def _client_losses(replies: Sequence[Reply]) -> dict[str, float]:

@@ -35,10 +35,14 @@ _NUMBERS = {
 }
 _MAX_NUMBER = 2**53  # beyond it a float64 sum of examples is no longer exact
 _ENTRY_BYTES = 256  # a tensor's entry in a header, without its name
+_MAX_HEADER_BYTES = 2**24  # parsed JSON takes up to 25 times its own bytes
 
 
 class MessageError(ValueError):
-    """A message that is malformed, foreign or not what was asked for: the run has to stop."""
+    """A message that is malformed, foreign or not what was asked for.
+
+    The side that made it has to stop; a server that received it leaves it out and goes on.
+    """
 
 
 class RejectedUpdate(ValueError):  # noqa: N818 - a verdict that the round survives, not an error
@@ -165,12 +169,15 @@ def encode(message: ServerBroadcast | ClientUpdate, wire_dtype: WireDtype) -> by
     return pack_tensors(wire, metadata)
 
 
-def decode_broadcast(data: Buffer, contract: Contract) -> ServerBroadcast:
+def decode_broadcast(
+    data: Buffer, contract: Contract, *, round_idx: int | None = None
+) -> ServerBroadcast:
     """Read a broadcast, trusting nothing.
 
     Args:
         data: The bytes that came.
         contract: What the payload has to be.
+        round_idx: The round that it has to be for; None takes any.
 
     Returns:
         The message, its tensors as float32 on the CPU.
@@ -178,7 +185,9 @@ def decode_broadcast(data: Buffer, contract: Contract) -> ServerBroadcast:
     Raises:
         MessageError: If the bytes are anything else than such a broadcast of finite values.
     """
-    numbers, payload = _open_payload(data, contract, "server_broadcast")
+    wanted = {} if round_idx is None else {"round_idx": round_idx}
+    header, numbers = _check_payload(data, contract, "server_broadcast", wanted)
+    payload = _read_payload(data, contract, header)
     for name, tensor in payload.items():
         if not _is_finite({name: tensor}):
             raise MessageError(f"server_broadcast: `{name}` must be finite, got NaN or infinity")
@@ -204,23 +213,39 @@ def decode_update(
         MessageError: If the bytes are anything else than that client's payload for that round.
         RejectedUpdate: If its values are not finite or too far from `reference`.
     """
-    numbers, payload = _open_payload(data, contract, "client_update")
-    for name, wanted in (("round_idx", round_idx), ("client_id", client_id)):
-        if numbers[name] != wanted:
-            raise MessageError(f"client_update: expected {name} {wanted}, got {numbers[name]}")
+    wanted = {"round_idx": round_idx, "client_id": client_id}
+    header, numbers = _check_payload(data, contract, "client_update", wanted)
+    payload = _read_payload(data, contract, header)
     sender = f"the update of client {client_id} in round {round_idx}"
     if not _is_finite(payload):
         raise RejectedUpdate(f"{sender} holds NaN or infinity")
-    if contract.max_update_norm is not None:
-        change = norm(subtract(payload, reference))
-        if not change <= contract.max_update_norm:
-            raise RejectedUpdate(
-                f"{sender} moved the payload by a norm of {change:.4g}, "
-                f"`trainer.communication.max_update_norm` is {contract.max_update_norm:.4g}"
-            )
+    change, bound = norm(subtract(payload, reference)), contract.max_update_norm
+    if bound is not None and not change <= bound:
+        raise RejectedUpdate(
+            f"{sender} moved the payload by a norm of {change:.4g}, "
+            f"`trainer.communication.max_update_norm` is {bound:.4g}"
+        )
+    if not math.isfinite(change):
+        raise RejectedUpdate(f"{sender} moved the payload further than float32 holds")
     return ClientUpdate(
         numbers["round_idx"], numbers["client_id"], payload, numbers["num_examples"]
     )
+
+
+def check_sent(data: Buffer, contract: Contract, *, round_idx: int, client_id: int) -> None:
+    """Look at a client's encoded update before it leaves: only the payload may.
+
+    Args:
+        data: The bytes about to be sent.
+        contract: What the payload has to be.
+        round_idx: The round that it answers.
+        client_id: Who sends it.
+
+    Raises:
+        MessageError: If the bytes hold anything else; the client has to stop.
+    """
+    wanted = {"round_idx": round_idx, "client_id": client_id}
+    _check_payload(data, contract, "client_update", wanted)
 
 
 def encode_handout(tensors: Mapping[str, Tensor]) -> bytes:
@@ -314,15 +339,24 @@ def _check_range(name: str, tensor: Tensor, wire: Tensor, wire_dtype: WireDtype)
         )
 
 
-def _open_payload(data: Buffer, contract: Contract, kind: str) -> tuple[dict[str, int], Payload]:
-    wanted = contract.num_bytes
-    _check_size(data, wanted, wanted + contract.max_overhead_bytes, kind)
+def _check_payload(
+    data: Buffer, contract: Contract, kind: str, wanted: Mapping[str, int]
+) -> tuple[Header, dict[str, int]]:
+    low = contract.num_bytes
+    _check_size(data, low, low + contract.max_overhead_bytes, kind)
     header, numbers = _read_fields(data, kind)
+    for name, number in wanted.items():
+        if numbers[name] != number:
+            raise MessageError(f"{kind}: expected {name} {number}, got {numbers[name]}")
     _check_names(header, contract.shapes, kind)
     dtype = _torch_dtype(contract.wire_dtype)
     for name, shape in contract.shapes.items():
         _check_entry(header, name, shape, dtype, kind)
-    return numbers, {name: read_tensor(data, header, name).float() for name in contract.shapes}
+    return header, numbers
+
+
+def _read_payload(data: Buffer, contract: Contract, header: Header) -> Payload:
+    return {name: read_tensor(data, header, name).float() for name in contract.shapes}
 
 
 def _check_size(data: Buffer, low: int, high: int, kind: str) -> None:
@@ -335,7 +369,7 @@ def _check_size(data: Buffer, low: int, high: int, kind: str) -> None:
 
 def _read_fields(data: Buffer, kind: str | None) -> tuple[Header, dict[str, int]]:
     try:
-        header = read_header(data)
+        header = read_header(data, _MAX_HEADER_BYTES)
     except ValueError as error:
         raise MessageError(f"{kind or 'message'}: not a well-formed message: {error}") from error
     metadata = header.metadata

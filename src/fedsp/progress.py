@@ -359,4 +359,6 @@ def _without(trainer: Any) -> list[Column]:
 
 
 def _client_name(trainer: Any, client_id: int) -> str:
-    return f"client {client_id} ({trainer.data.client_names[client_id]})"
+    names = trainer.data.client_names
+    # who answers unasked may be nobody of this run
+    return f"client {client_id}" + (f" ({names[client_id]})" if 0 <= client_id < len(names) else "")

@@ -33,6 +33,7 @@ _DTYPES = {
 _CODES = {dtype: code for code, dtype in _DTYPES.items()}
 _MAX_ELEMENTS = 2**62  # torch counts elements in an int64
 _MAX_DIMENSIONS = 64
+_MAX_HEADER_BYTES = 100_000_000  # as the safetensors library
 
 
 class TensorEntry(NamedTuple):
@@ -74,11 +75,12 @@ def pack_tensors(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> 
     return assemble(metadata, entries, buffers)
 
 
-def read_header(data: Buffer) -> Header:
+def read_header(data: Buffer, max_bytes: int = _MAX_HEADER_BYTES) -> Header:
     """Read and check the header of bytes that may come from anywhere.
 
     Args:
         data: The whole file.
+        max_bytes: Largest header that is parsed.
 
     Returns:
         Metadata, every tensor's dtype, shape and place, and the header's own size.
@@ -89,6 +91,8 @@ def read_header(data: Buffer) -> Header:
     size = int.from_bytes(data[:8], "little")
     if len(data) < 8 or size > len(data) - 8:
         raise ValueError(f"its {len(data)} bytes end before the header does: truncated or foreign")
+    if size > max_bytes:
+        raise ValueError(f"its header has {size} bytes, at most {max_bytes} are read")
     try:
         fields = json.loads(
             bytes(data[8 : 8 + size]).decode(), object_pairs_hook=_unique, parse_constant=_refuse
@@ -101,6 +105,10 @@ def read_header(data: Buffer) -> Header:
     if not isinstance(metadata, dict) or not all(isinstance(v, str) for v in metadata.values()):
         raise ValueError("the header's metadata is not a map from text to text")
     tensors = {name: _parse_entry(name, entry) for name, entry in fields.items()}
+    try:
+        "".join([*metadata, *metadata.values(), *tensors]).encode()
+    except UnicodeEncodeError:
+        raise ValueError("the header holds half of a surrogate pair, which is no text") from None
     position = 0
     for name, entry in sorted(tensors.items(), key=lambda item: item[1][2:]):
         if entry.start != position:
