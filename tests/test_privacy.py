@@ -447,7 +447,13 @@ def test_the_clipped_and_noised_change_leaves_the_client_and_nothing_else(tmp_pa
     assert len(slots) == 2
     for client_id in plain:
         without, with_noise = (
-            decode_update(data[client_id], contract, reference={}, round_idx=0, client_id=client_id)
+            decode_update(
+                data[client_id],
+                contract,
+                reference=trainer.federation.broadcast,
+                round_idx=0,
+                client_id=client_id,
+            )
             for data in (plain, noised)
         )
         assert without.num_examples > 1
