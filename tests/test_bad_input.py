@@ -453,6 +453,19 @@ def _names_of_all_options(config: dict[str, Any], tmp_path: Path) -> set[str]:
         {f"{MODEL}.tuned_weights": of_class("fedsp.tuned.OuterLayers")},
         {"trainer.sampler": of_class("fedsp.sampling.SingleClient")},
         {"trainer.acceptance": of_class("fedsp.acceptance.Acceptance")},
+        {
+            "trainer.privacy": of_class(
+                "fedsp.privacy.CentralPrivacy",
+                noise_multiplier=1.0,
+                delta=0.01,
+                clipping=of_class("fedsp.clipping.AdaptiveClipping"),
+            )
+        },
+        {
+            "client.init_args.privacy": of_class(
+                "fedsp.privacy.LocalPrivacy", noise_multiplier=1.0, delta=0.01, clip_norm=1.0
+            )
+        },
         {f"{DATA}.task": of_class("fedsp.tasks.ChatCompletion")},
         {f"{DATA}.task": of_class("fedsp.tasks.MultipleChoice")},
         {f"{DATA}.task": of_class("fedsp.tasks.RawText")},
