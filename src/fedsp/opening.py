@@ -121,7 +121,7 @@ def check_trainer(trainer: Any, client: ClientModule) -> None:
             selection split, or noise cannot make the run private.
     """
     server, data, evaluation = trainer.server, trainer.data, trainer.history.evaluation
-    cohort = trainer.sampler.cohort(data.num_clients, seed=trainer.seed, round_idx=0)
+    cohort = trainer.cohort(0)
     trainer.rules.aggregator.check(len(cohort))
     if trainer.rules.acceptance is not None:
         trainer.rules.acceptance.check(data)
@@ -252,9 +252,7 @@ def install(trainer: Any, client: ClientModule, auxiliary: Auxiliary) -> list[in
     """
     server = trainer.server
     server.start_tuning(auxiliary)
-    cohort: list[int] = trainer.sampler.cohort(
-        trainer.data.num_clients, seed=trainer.seed, round_idx=0
-    )
+    cohort: list[int] = trainer.cohort(0)
     prompt = server.require_model()[1]
     # a server that trains alone may tune what no client could
     tuned_weights = server.tuned_weights if cohort else None

@@ -73,10 +73,7 @@ def make_plan(trainer: Any, client: ClientModule) -> Plan:
     quality_bytes = rehearse_quality(trainer, auxiliary)
     distillation = rehearse_distillation(trainer, auxiliary)
     cohort = install(trainer, client, auxiliary)
-    cohorts = [
-        trainer.sampler.cohort(data.num_clients, seed=trainer.seed, round_idx=round_idx)
-        for round_idx in range(trainer.num_rounds)
-    ]
+    cohorts = [trainer.cohort(round_idx) for round_idx in range(trainer.num_rounds)]
     costs = Costs(
         quality_bytes,
         distillation,

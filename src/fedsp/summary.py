@@ -170,7 +170,7 @@ def traffic_rows(trainer: Any) -> Rows:
     auxiliary = trainer.preparation.auxiliary.backbone
     maps = {} if auxiliary.vocabulary is None else auxiliary.vocabulary.state_dict()
     handout = num_bytes([*auxiliary.model.parameters(), *maps.values()])
-    size = len(trainer.sampler.cohort(trainer.data.num_clients, seed=trainer.seed, round_idx=0))
+    size = len(trainer.cohort(0))
     return [
         (
             "a round",
