@@ -1,12 +1,11 @@
 """Write what Flower's strategies make of given updates, for tests/test_aggregation.py.
 
-Flower cannot be installed beside fedsp (it needs rich below 15 and protobuf below 7). In an
-environment of its own, from the repository's root:
+From the repository's root, with the development tools installed:
 
-    pip install flwr==1.41.0
     python scripts/flower_oracle.py
 
-The inputs stand in the file beside the results, so that the tests need neither Flower nor its seed.
+The inputs stand in the file beside the results, so that the tests need neither Flower nor its seed;
+one test runs this script and compares.
 """
 
 import json
