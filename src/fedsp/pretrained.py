@@ -206,7 +206,9 @@ def load_outline(spec: BackboneSpec) -> PreTrainedModel:
     }
     name = NAME_OPTION if spec.config is None else "model.backbone.config"
     with _loading(name, spec.name_or_path), init_empty_weights(include_buffers=False):
-        return AutoModelForCausalLM.from_config(_configuration(spec), **settings)
+        model = AutoModelForCausalLM.from_config(_configuration(spec), **settings)
+    model.tie_weights()
+    return model
 
 
 def _configuration(spec: BackboneSpec) -> PreTrainedConfig:
