@@ -116,22 +116,23 @@ class Auxiliary(nn.Module):
         for name, parameter in own.items():
             parameter.copy_(state[name])
 
-    def handout(self) -> dict[str, Tensor]:
+    def handout_tensors(self) -> dict[str, Tensor]:
         """Return all that a client needs: its own parameters, embeddings and head, each once.
 
-        A trimmed vocabulary's two maps are among it.
-
-        Returns:
-            Contiguous CPU tensors by name; those of `trainable()` under the same names.
+        A trimmed vocabulary's two maps are among it; those of `trainable()` have the same names.
         """
         model = self.backbone.model
         saved = model.state_dict(keep_vars=True).keys()
-        buffers = ((name, buffer) for name, buffer in model.named_buffers() if name in saved)
+        buffers = {name: buffer for name, buffer in model.named_buffers() if name in saved}
         vocabulary = self.backbone.vocabulary
         maps = {} if vocabulary is None else vocabulary.state_dict(prefix="vocabulary.")
+        return {**dict(model.named_parameters()), **buffers, **maps}
+
+    def handout(self) -> dict[str, Tensor]:
+        """Return contiguous CPU copies of `handout_tensors`."""
         return {
             name: tensor.detach().to("cpu", copy=True).contiguous()
-            for name, tensor in (*model.named_parameters(), *buffers, *maps.items())
+            for name, tensor in self.handout_tensors().items()
         }
 
     def num_parameters(self) -> int:

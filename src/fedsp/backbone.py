@@ -25,6 +25,7 @@ from fedsp.pretrained import (
     describe,
     find_layers,
     load_model,
+    load_outline,
     load_tokenizer,
     resolve,
     text_option,
@@ -53,6 +54,18 @@ def load_backbone(spec: BackboneSpec, *, seed: int = 0) -> "Backbone":
     backbone = Backbone(model.requires_grad_(False).eval(), spec)
     backbone.check()
     return backbone
+
+
+def outline_backbone(spec: BackboneSpec) -> "Backbone":
+    """Describe the model by its configuration: what derives from it is known, it cannot run.
+
+    Args:
+        spec: Which model, and how what derives from it is run.
+
+    Raises:
+        ValueError: If there is no such configuration, or the model is of no supported kind.
+    """
+    return Backbone(load_outline(spec).requires_grad_(False).eval(), spec)
 
 
 class Backbone(nn.Module):

@@ -126,6 +126,10 @@ class ClientModule(LightningModule):
             raise RuntimeError("expected a client with an auxiliary model; call `install()` first")
         return self.auxiliary, self.soft_prompt
 
+    def weights(self) -> Payload:
+        """Return copies of the tuned weights that travel, without the prompt."""
+        return weights_payload(self._weights)
+
     def receive(self, broadcast: ServerBroadcast) -> None:
         """Start a round from what the server sent."""
         auxiliary, prompt = self.require_model()
@@ -146,7 +150,7 @@ class ClientModule(LightningModule):
         auxiliary, prompt = self.require_model()
         if self._received is None:
             raise RuntimeError("expected a broadcast before an update; call `receive()` first")
-        payload = weights_payload(self._weights)
+        payload = self.weights()
         if SOFT_PROMPT in self._received.payload:
             payload[SOFT_PROMPT] = prompt.prefix().cpu()
         if self.privacy is not None:

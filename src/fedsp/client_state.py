@@ -182,13 +182,29 @@ class ClientStateStore:
         for folder in self._directory.glob("[0-9]*"):
             if self._deletes and folder.is_dir() and folder.name.isdecimal():
                 self._delete_others(folder, versions.get(int(folder.name)))
-        for path in self._directory.glob(f"[0-9]*/{_ANSWERS}"):
-            self.adopt_answers({int(path.parent.name): int(path.read_text())})
+        self._adopt_counts()
         self._versions = dict(versions)
-        self._committed = [dict(versions)]
-        self._superseded = []
-        self._memory.clear()
-        self._memory_bytes = 0
+        self._forget()
+
+    def restore_before(self, client_id: int, round_idx: int) -> None:
+        """Go back to what a client knew before a round, as one that keeps its state by itself does.
+
+        States of that round and of later ones are deleted: whoever asks for the round has not taken
+        their answers into a checkpoint. Of the earlier ones the newest `keep` stay.
+
+        Args:
+            client_id: The only client of this store.
+            round_idx: The round that is asked for.
+        """
+        folder = self._path(client_id, round_idx).parent
+        remove_temporary_files(folder)
+        known = sorted(int(path.stem.removeprefix("round-")) for path in folder.glob("round-*"))
+        earlier = [idx for idx in known if idx < round_idx]
+        for idx in set(known) - set(earlier[-self._keep :]):
+            self._path(client_id, idx).unlink()
+        self._adopt_counts()
+        self._versions = {client_id: earlier[-1]} if earlier else {}
+        self._forget()
 
     def disk_bytes(self) -> int:
         """Bytes of all files of the store."""
@@ -200,6 +216,17 @@ class ClientStateStore:
 
     def _path(self, client_id: int, round_idx: int) -> Path:
         return self._directory / f"{client_id:06d}" / f"round-{round_idx:06d}.safetensors"
+
+    def _adopt_counts(self) -> None:
+        for path in self._directory.glob(f"[0-9]*/{_ANSWERS}"):
+            self.adopt_answers({int(path.parent.name): int(path.read_text())})
+
+    def _forget(self) -> None:
+        """Take the present versions for committed ones, and drop what is in memory."""
+        self._committed = [dict(self._versions)]
+        self._superseded = []
+        self._memory.clear()
+        self._memory_bytes = 0
 
     def _advance(self, client_id: int, round_idx: int) -> None:
         if self._versions.get(client_id, round_idx) != round_idx:

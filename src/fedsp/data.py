@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import partial
 from itertools import chain
-from typing import Any
+from typing import Any, cast
 
 import torch
 from datasets import Dataset
@@ -20,7 +20,7 @@ from transformers import PreTrainedTokenizerBase
 from fedsp.batching import Batching, StepBatches, eval_batches, make_loader
 from fedsp.collate import collate, collate_choices, collate_prompts
 from fedsp.examples import TokenStore
-from fedsp.partition import Partitioner, carve
+from fedsp.partition import Parties, Partitioner, carve
 from fedsp.portions import Limit, Portion, check_filled, fit_portion, pool, warn_of_losses
 from fedsp.pretrained import BackboneSpec, check_vocabulary, load_tokenizer, resolve
 from fedsp.run_folder import cache_folder
@@ -40,7 +40,7 @@ class FederatedDataModule(LightningDataModule):
 
     def __init__(  # noqa: PLR0913  (the signature is the configuration schema)
         self,
-        clients: DataSource,
+        clients: DataSource | None,
         task: Task,
         partitioner: Partitioner,
         server: Split = None,
@@ -58,7 +58,8 @@ class FederatedDataModule(LightningDataModule):
         """Store the configuration; nothing is read before `prepare_data` or `setup`.
 
         Args:
-            clients: Source of the clients' data.
+            clients: Source of the clients' data. Null: it is with the clients of a live federation
+                (docs/federation.md).
             task: What a row means.
             partitioner: Who owns which row of the clients' data, of what is left after carving.
             server: Data the server trains on: a source of its own; carved out of the clients'
@@ -82,6 +83,11 @@ class FederatedDataModule(LightningDataModule):
         super().__init__()
         if max_tokens is not None and max_tokens < 2:
             raise ValueError(f"`data.max_tokens` must be at least 2 or null, got {max_tokens}.")
+        if clients is None and not isinstance(partitioner, Parties):
+            raise ValueError(
+                "`data.clients` may be null only with `data.partitioner` fedsp.partition.Parties, "
+                "at the server of a live federation. Give a source."
+            )
         self.task, self.public_task, self.partitioner = task, public_task or task, partitioner
         self.clients, self.batching, self.seed = clients, batching, seed or 0
         self._public_is_servers = public == "server"
@@ -104,12 +110,17 @@ class FederatedDataModule(LightningDataModule):
         self._tokenizer: PreTrainedTokenizerBase | None = None
         self._datasets: dict[str, Dataset] = {}
         self._portions: dict[str, Portion] = {}
-        self._clients: list[Portion] = []
+        self._clients: dict[int, Portion] = {}
         self._is_set_up = False
 
     def _resolve(self, role: str, split: Split) -> DataSource | int | float | None:
-        if not isinstance(split, str):
-            return split
+        if self.clients is None and isinstance(split, int | float | str):
+            raise ValueError(
+                f"`data.{role}` must be a source of its own or null where `data.clients` is null, "
+                f"got {split!r}: there is nothing to carve it out of."
+            )
+        if self.clients is None or not isinstance(split, str):
+            return cast(DataSource | int | float | None, split)
         with self._naming(role):
             return self.clients.other_split(split)
 
@@ -171,7 +182,15 @@ class FederatedDataModule(LightningDataModule):
         if self._is_set_up:
             return
         self._read()
-        source = self._datasets["clients"]
+        if self.clients is None:
+            self._fill({})
+            self.client_names = self.partitioner.names(Dataset.from_dict({}))
+        else:
+            self._divide(self._datasets["clients"])
+        self._is_set_up = True
+
+    def _divide(self, source: Dataset) -> None:
+        """Carve the held-out rows off the clients' source and hand the rest out."""
         sizes = {name: size for name, size in self.splits.items() if isinstance(size, int | float)}
         carved, left = carve(
             source, sizes, stratify_by=self.partitioner.stratify_by, seed=self.seed
@@ -179,15 +198,24 @@ class FederatedDataModule(LightningDataModule):
         rest = source.select(left)
         parts = [[left[row] for row in part] for part in self.partitioner(rest, self.seed)]
         self.client_names = self.partitioner.names(rest)
-        self._fill(self._encode("clients", source), carved, parts)
-        self._is_set_up = True
+        stored = self._encode("clients", source)
+        self._fill({name: self._carved(name, stored, rows) for name, rows in carved.items()})
+        # the other parties of a live federation have no rows here
+        owned = {idx: part for idx, part in enumerate(parts) if part}
+        self._clients = {idx: self._portion("clients", stored, part) for idx, part in owned.items()}
+        warn_of_losses("data.clients", list(self._clients.values()), self.max_tokens)
+        for idx, portion in self._clients.items():
+            owner = f"Client {self.client_names[idx]!r} of `data.clients`"
+            check_filled(owner, portion, self.max_tokens)
+        if self.pool_clients:
+            server = [self._portions["server"]] if "server" in self._portions else []
+            self._portions["server"] = pool([*server, *self._clients.values()])
 
-    def _fill(
-        self, stored: TokenStore, carved: dict[str, list[int]], parts: list[list[int]]
-    ) -> None:
+    def _fill(self, carved: dict[str, Portion]) -> None:
+        """Make the splits, of what is carved and of the sources of their own."""
         for name in _SPLITS:
             if name in carved:
-                portion = self._carved_portion(name, stored, carved[name])
+                portion = carved[name]
             elif name in self._datasets:
                 own = self._encode(name, self._datasets[name])
                 portion = self._portion(name, own, list(range(len(own))))
@@ -198,14 +226,6 @@ class FederatedDataModule(LightningDataModule):
             self._portions[name] = portion
         if self._public_is_servers:
             self._portions["public"] = self._portions["server"]
-        self._clients = [self._portion("clients", stored, part) for part in parts]
-        warn_of_losses("data.clients", self._clients, self.max_tokens)
-        for client_name, portion in zip(self.client_names, self._clients, strict=True):
-            owner = f"Client {client_name!r} of `data.clients`"
-            check_filled(owner, portion, self.max_tokens)
-        if self.pool_clients:
-            server = [self._portions["server"]] if "server" in self._portions else []
-            self._portions["server"] = pool([*server, *self._clients])
 
     def _read(self) -> None:
         for role, source in {"clients": self.clients, **self.splits}.items():
@@ -221,7 +241,7 @@ class FederatedDataModule(LightningDataModule):
             key = f"{content_hash(dataset)}/{task!r}/{tokenizer_hash(tokenizer)}"
             return load_or_build(self.cache_dir, key, lambda: task.encode_all(dataset, tokenizer))
 
-    def _carved_portion(self, name: str, stored: TokenStore, rows: list[int]) -> Portion:
+    def _carved(self, name: str, stored: TokenStore, rows: list[int]) -> Portion:
         if self._task(name) is not self.task:
             stored = self._encode(name, self._datasets["clients"].select(rows))
             rows = list(range(len(rows)))
@@ -319,9 +339,9 @@ class FederatedDataModule(LightningDataModule):
         """Return the number of examples of every split and client, and of those cut or left out."""
         self._require_setup()
         counts: dict[str, Any] = {name: self.num_examples(name) for name in _SPLITS}
-        named = zip(self.client_names, self._clients, strict=True)
-        counts["clients"] = {name: len(portion.store) for name, portion in named}
-        owners = {"clients": self._clients, **{name: [p] for name, p in self._portions.items()}}
+        named = {self.client_names[idx]: portion for idx, portion in self._clients.items()}
+        counts["clients"] = {name: len(portion.store) for name, portion in named.items()}
+        owners = {"clients": [*named.values()], **{name: [p] for name, p in self._portions.items()}}
         for key in ("num_cut", "num_left_out"):
             counts[key] = {
                 name: sum(getattr(p, key) for p in owned) for name, owned in owners.items()
@@ -366,7 +386,7 @@ class FederatedDataModule(LightningDataModule):
         if "public" not in self._portions:
             return 0
         marks = {self.tokenizer.bos_token_id, self.tokenizer.eos_token_id}
-        owned = {text for portion in self._clients for text in portion.texts(marks)}
+        owned = {text for portion in self._clients.values() for text in portion.texts(marks)}
         return sum(text in owned for text in self._portions["public"].texts(marks))
 
     def raw_row(self, row_idx: int, split: str = "test") -> dict[str, Any]:
@@ -388,8 +408,12 @@ class FederatedDataModule(LightningDataModule):
 
     def _client(self, client_id: int) -> Portion:
         self._require_setup()
-        if not 0 <= client_id < len(self._clients):
-            raise ValueError(f"A client id must be in [0, {len(self._clients)}), got {client_id}.")
+        if not 0 <= client_id < len(self.client_names):
+            raise ValueError(
+                f"A client id must be in [0, {len(self.client_names)}), got {client_id}."
+            )
+        if client_id not in self._clients:
+            raise ValueError(f"The data of client {self.client_names[client_id]!r} is not here.")
         return self._clients[client_id]
 
     def client_dataloader(
@@ -420,7 +444,7 @@ class FederatedDataModule(LightningDataModule):
         self._require_setup()
         if "server" in self._portions:
             return self._train_loader(self._portions["server"].store, "server", -1, 0, None)
-        examples = chain.from_iterable(portion.store for portion in self._clients)
+        examples = chain.from_iterable(portion.store for portion in self._clients.values())
         union = TokenStore.from_examples(examples)
         return self._train_loader(union, "all-clients", -1, 0, None)
 

@@ -14,7 +14,7 @@ from fedsp.client import ClientModule
 from fedsp.client_state import ClientStateStore
 from fedsp.data import FederatedDataModule
 from fedsp.evaluation import check_completions
-from fedsp.executors import InProcessExecutor, Simulation
+from fedsp.executors import Executor, InProcessExecutor, Simulation
 from fedsp.federation import Federation
 from fedsp.history import Evaluation
 from fedsp.parallel import ParallelExecutor
@@ -117,10 +117,15 @@ def check_trainer(trainer: Any, client: ClientModule) -> None:
         client: Plays every client.
 
     Raises:
-        ValueError: As `check_run`, or if the aggregator needs a larger cohort, the acceptance a
-            selection split, or noise cannot make the run private.
+        ValueError: As `check_run`, or if nobody has the clients' data, the aggregator needs a
+            larger cohort, the acceptance a selection split, or noise cannot make the run private.
     """
     server, data, evaluation = trainer.server, trainer.data, trainer.history.evaluation
+    if data.clients is None and trainer.make_executor is simulate:
+        raise ValueError(
+            "`data.clients` is null: the data is with the parties of a live federation, which "
+            "`fedsp federation server` runs. Give a source to simulate the clients here."
+        )
     cohort = trainer.cohort(0)
     trainer.rules.aggregator.check(len(cohort))
     if trainer.rules.acceptance is not None:
@@ -239,40 +244,63 @@ def _check_method(
             )
 
 
-def install(trainer: Any, client: ClientModule, auxiliary: Auxiliary) -> list[int]:
-    """Give the auxiliary model to the client and bring both sides up to their first step.
+def install(trainer: Any, client: ClientModule, auxiliary: Auxiliary) -> None:
+    """Give the auxiliary model to the client and bring both to their device.
 
     Args:
-        trainer: Gives Fabric, server, data, sampler and seed.
-        client: Plays every client.
-        auxiliary: As it will be handed out.
-
-    Returns:
-        The cohort of the first round.
+        trainer: Gives Fabric, server, sampler and seed.
+        client: Plays a client, or every one.
+        auxiliary: As it is handed out.
     """
     server = trainer.server
-    server.start_tuning(auxiliary)
-    cohort: list[int] = trainer.cohort(0)
     prompt = server.require_model()[1]
     # a server that trains alone may tune what no client could
-    tuned_weights = server.tuned_weights if cohort else None
+    tuned_weights = server.tuned_weights if trainer.cohort(0) else None
     client.install(auxiliary, prompt.num_virtual_tokens, trainer.seed, tuned_weights)
     trainer.fabric.to_device(client)
-    trainer.fabric.to_device(server)
-    return cohort
 
 
-def participations(trainer: Any, cohort: Sequence[int]) -> int:
+def participations(trainer: Any) -> int:
     """Return how often a client takes part in the whole run, rounded up."""
-    return -(-trainer.num_rounds * len(cohort) // trainer.data.num_clients)
+    return -(-trainer.num_rounds * len(trainer.cohort(0)) // trainer.data.num_clients)
+
+
+def simulate(trainer: Any, client: ClientModule, auxiliary: Auxiliary) -> Executor:
+    """Make the executor that plays every client in the run's own processes.
+
+    Args:
+        trainer: Gives Fabric, server, data, folder, ledger, rules, rounds and seed.
+        client: Plays every client.
+        auxiliary: As it will be handed out.
+    """
+    server = trainer.server
+    install(trainer, client, auxiliary)
+    ranks = Ranks(trainer.fabric)
+    simulation = Simulation(
+        fabric=trainer.fabric,
+        client=client,
+        data=trainer.data,
+        store=ClientStateStore(
+            trainer.folder.clients,
+            trainer.client_memory_bytes,
+            trainer.checkpoints.keep,
+            deletes=ranks.rank == 0,
+        ),
+        ledger=trainer.ledger,
+        contract=trainer.rules.contract(server.payload()),
+        seed=trainer.seed,
+        participations=participations(trainer),
+    )
+    local = InProcessExecutor(simulation)
+    return local if ranks.size == 1 else ParallelExecutor(local, ranks)
 
 
 def open_federation(trainer: Any, client: ClientModule) -> Federation:
-    """Make the auxiliary model, install it with the client, and join server and clients.
+    """Make the auxiliary model and what carries out the clients' work, and join them.
 
     Args:
-        trainer: Gives Fabric, server, data, folder, ledger, rules, rounds and seed; gets
-            `preparation`, and its callbacks are told.
+        trainer: Gives Fabric, server, data, folder, ledger, rules, rounds, seed and
+            `make_executor`; gets `preparation`, and its callbacks are told.
         client: Plays every client.
 
     Returns:
@@ -283,32 +311,20 @@ def open_federation(trainer: Any, client: ClientModule) -> Federation:
         trainer.fabric, server, data, kept=trainer.folder.auxiliary, trainer=trainer
     )
     trainer.call("on_distillation_end", made.before, made.after, made.cached)
-    cohort = install(trainer, client, made.auxiliary)
-    ranks = Ranks(trainer.fabric)
+    server.start_tuning(made.auxiliary)
+    trainer.fabric.to_device(server)
     if trainer.rules.privacy is not None:
-        budget = trainer.folder.privacy_budget
-        trainer.rules.privacy.start(len(cohort), data.num_clients, ranks, budget)
-    simulation = Simulation(
-        fabric=trainer.fabric,
-        client=client,
-        data=data,
-        store=ClientStateStore(
-            trainer.folder.clients,
-            trainer.client_memory_bytes,
-            trainer.checkpoints.keep,
-            deletes=ranks.rank == 0,
-        ),
-        ledger=trainer.ledger,
-        contract=trainer.rules.contract(server.payload()),
-        seed=trainer.seed,
-        participations=participations(trainer, cohort),
-    )
-    local = InProcessExecutor(simulation)
+        trainer.rules.privacy.start(
+            len(trainer.cohort(0)),
+            data.num_clients,
+            Ranks(trainer.fabric),
+            trainer.folder.privacy_budget,
+        )
     return Federation(
         trainer.fabric,
         server,
         data,
-        local if ranks.size == 1 else ParallelExecutor(local, ranks),
+        trainer.make_executor(trainer, client, made.auxiliary),
         trainer.rules,
         num_rounds=trainer.num_rounds,
         seed=trainer.seed,

@@ -32,7 +32,7 @@ class Partitioner(ABC):
 
     @abstractmethod
     def __call__(self, dataset: Dataset, seed: int) -> list[list[int]]:
-        """Return each client's rows, ascending; no client is without one.
+        """Return each client's rows, ascending; where all are here, no client is without one.
 
         Args:
             dataset: The rows to divide.
@@ -195,6 +195,44 @@ class BySizes(Partitioner):
                 f"{self.sizes[counts.index(0)]} of {num_rows} rows. Raise its fraction."
             )
         return counts
+
+
+@dataclass(frozen=True)
+class Parties(Partitioner):
+    """The parties of a live federation, each with data that only its own process reads.
+
+    `fedsp federation init` writes it: at the server nobody has rows, at a party all are its own.
+
+    Args:
+        parties: Names, in the order of the client ids.
+        own: Whose rows these are; null where there are none.
+    """
+
+    parties: list[str]
+    own: str | None = None
+    num_clients: int = field(default=0, init=False)
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "num_clients", len(self.parties))
+        if not self.parties or len(set(self.parties)) != len(self.parties):
+            raise ValueError(
+                "`data.partitioner.parties` must name at least one party, each once, got "
+                f"{self.parties}."
+            )
+        if self.own is not None and self.own not in self.parties:
+            raise ValueError(
+                f"`data.partitioner.own` must be one of {', '.join(self.parties)} or null, got "
+                f"{self.own!r}."
+            )
+
+    def __call__(self, dataset: Dataset, seed: int) -> list[list[int]]:
+        """Give all rows to the party whose they are; the others' lists are empty."""
+        rows = list(range(len(dataset)))
+        return [rows if name == self.own else [] for name in self.parties]
+
+    def names(self, dataset: Dataset) -> list[str]:
+        """Return the parties."""
+        return self.parties
 
 
 def carve(

@@ -72,12 +72,14 @@ def make_plan(trainer: Any, client: ClientModule) -> Plan:
     auxiliary = derive_auxiliary(trainer.fabric, server, data)
     quality_bytes = rehearse_quality(trainer, auxiliary)
     distillation = rehearse_distillation(trainer, auxiliary)
-    cohort = install(trainer, client, auxiliary)
+    server.start_tuning(auxiliary)
+    trainer.fabric.to_device(server)
+    install(trainer, client, auxiliary)
     cohorts = [trainer.cohort(round_idx) for round_idx in range(trainer.num_rounds)]
     costs = Costs(
         quality_bytes,
         distillation,
-        rehearse_client(trainer, client, cohort, participations(trainer, cohort)),
+        rehearse_client(trainer, client, trainer.cohort(0), participations(trainer)),
         rehearse_server(trainer),
         {split: rehearse_evaluation(trainer, split) for split in ("selection", "test")},
     )

@@ -10,6 +10,7 @@ from typing import Any, Literal, NamedTuple, cast
 
 import torch
 import torch.distributed as dist
+from accelerate import init_empty_weights
 from safetensors import SafetensorError
 from torch import Tensor, nn
 from transformers import (
@@ -17,6 +18,7 @@ from transformers import (
     AutoModelForCausalLM,
     AutoTokenizer,
     BitsAndBytesConfig,
+    PreTrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
@@ -163,16 +165,8 @@ def load_model(spec: BackboneSpec) -> PreTrainedModel:
     if spec.quantization is not None:
         settings["quantization_config"] = _quantization(spec)
     if spec.config is not None:
-        options = dict(spec.config)
-        kind = options.pop("model_type", None)
-        if kind is None:
-            raise ValueError(
-                "`model.backbone.config` must hold `model_type` (such as gpt2 or llama), got only "
-                f"{sorted(options)}."
-            )
-        with _loading("model.backbone.config", kind):
-            config = AutoConfig.for_model(kind, **options)
-            return AutoModelForCausalLM.from_config(config, **settings)
+        with _loading("model.backbone.config", str(spec.config.get("model_type"))):
+            return AutoModelForCausalLM.from_config(_configuration(spec), **settings)
     source = resolve(spec.name_or_path)
     with _loading(NAME_OPTION, spec.name_or_path):
         if spec.sharded:
@@ -196,6 +190,40 @@ def load_model(spec: BackboneSpec) -> PreTrainedModel:
             # else a 4-bit layer packs its weights for a product that has no gradient
             module.support_avx512bf16_for_cpu = False
     return model
+
+
+def load_outline(spec: BackboneSpec) -> PreTrainedModel:
+    """Build the model's modules from its configuration alone: no weights are read or held.
+
+    Its parameters are on the meta device, its buffers (such as rotary frequencies) are real.
+
+    Raises:
+        ValueError: If there is no such configuration.
+    """
+    settings: dict[str, Any] = {
+        "dtype": DTYPES[spec.dtype],
+        "attn_implementation": spec.attn_implementation,
+    }
+    name = NAME_OPTION if spec.config is None else "model.backbone.config"
+    with _loading(name, spec.name_or_path), init_empty_weights(include_buffers=False):
+        model = AutoModelForCausalLM.from_config(_configuration(spec), **settings)
+    model.tie_weights()
+    return model
+
+
+def _configuration(spec: BackboneSpec) -> PreTrainedConfig:
+    """Return the configuration that is named, or that of a model of random weights."""
+    if spec.config is None:
+        source = resolve(spec.name_or_path)
+        return AutoConfig.from_pretrained(source, local_files_only=Path(source).is_dir())
+    options = dict(spec.config)
+    kind = options.pop("model_type", None)
+    if kind is None:
+        raise ValueError(
+            "`model.backbone.config` must hold `model_type` (such as gpt2 or llama), got only "
+            f"{sorted(options)}."
+        )
+    return AutoConfig.for_model(kind, **options)
 
 
 def _check_sharded(spec: BackboneSpec) -> None:

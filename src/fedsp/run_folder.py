@@ -33,6 +33,7 @@ class RunFolder:
         self.path = Path(path).expanduser()
         self.config = self.path / "config.yaml"
         self.auxiliary = self.path / "auxiliary.safetensors"
+        self.handout = self.path / "handout.safetensors"
         self.checkpoints = self.path / "checkpoints"
         self.clients = self.path / "clients"
         self.ledger = self.path / "ledger.jsonl"

@@ -10,7 +10,7 @@ from lightning.pytorch import LightningModule
 from torch import Tensor
 
 from fedsp.auxiliary import Auxiliary, AuxiliaryRecipe, SharedCell
-from fedsp.backbone import Backbone, load_backbone
+from fedsp.backbone import Backbone, load_backbone, outline_backbone
 from fedsp.distillation import Distillation
 from fedsp.losses import token_cross_entropy
 from fedsp.payload import SOFT_PROMPT, Payload
@@ -111,12 +111,23 @@ class ServerModule(LightningModule):
         """Load the global model and make the soft prompt; a second call does nothing."""
         if self.backbone is not None:
             return
-        self.backbone = load_backbone(self.backbone_spec, seed=self.seed)
-        self.soft_prompt = self._new_prompt(self.backbone)
+        self._take(load_backbone(self.backbone_spec, seed=self.seed))
+        self.initialize_prompt(self.tokenizer(NEUTRAL_TEXT)["input_ids"])
+
+    def configure_outline(self) -> None:
+        """Take the global model's configuration and tokenizer, which a client may have; no weights.
+
+        Raises:
+            ValueError: If there is no such configuration or tokenizer.
+        """
+        self._take(outline_backbone(self.backbone_spec))
+
+    def _take(self, backbone: Backbone) -> None:
+        self.backbone = backbone
+        self.soft_prompt = self._new_prompt(backbone)
         self.tokenizer = load_tokenizer(self.backbone_spec)
         option = "model.backbone.tokenizer" if self.backbone_spec.tokenizer else NAME_OPTION
-        check_vocabulary(self.tokenizer, self.backbone.vocab_size, option)
-        self.initialize_prompt(self.tokenizer(NEUTRAL_TEXT)["input_ids"])
+        check_vocabulary(self.tokenizer, backbone.vocab_size, option)
 
     def _new_prompt(self, backbone: Backbone) -> SoftPrompt:
         return SoftPrompt(

@@ -16,11 +16,13 @@ from torch import Tensor
 
 from fedsp.acceptance import Acceptance
 from fedsp.aggregation import Aggregator, ServerOptimizer, StreamingMean
+from fedsp.auxiliary import Auxiliary
 from fedsp.callbacks import FederatedCallback
 from fedsp.checkpoint import Checkpoints, RunState
 from fedsp.client import ClientModule
 from fedsp.data import FederatedDataModule
 from fedsp.evaluation import Subject, check_completions, measure_split, model_subject
+from fedsp.executors import Executor
 from fedsp.export import check_exportable, export_tuned
 from fedsp.failures import failing_together
 from fedsp.federation import Communication, Rules
@@ -35,6 +37,7 @@ from fedsp.opening import (
     make_fabric,
     open_federation,
     set_up_data,
+    simulate,
 )
 from fedsp.payload import Payload
 from fedsp.plan import make_plan
@@ -57,6 +60,7 @@ from fedsp.throughput import Throughput
 from fedsp.tracking import LoggerFactory, Tracker, csv_logger
 
 PRECISIONS = ("32-true", "bf16-mixed", "16-mixed")
+ExecutorFactory = Callable[["FederatedTrainer", ClientModule, Auxiliary], Executor]
 Plugin = Precision | ClusterEnvironment | CheckpointIO
 
 
@@ -163,6 +167,7 @@ class FederatedTrainer:
         self.folder = RunFolder(run_dir)
         self.checkpoints = Checkpoints(self.folder.checkpoints, keep=keep_checkpoints)
         self.client_memory_bytes = client_memory_bytes
+        self.make_executor: ExecutorFactory = simulate
         self.config: dict[str, Any] = {}
         self.config_text = ""
 

@@ -1,0 +1,178 @@
+"""A client of a live federation, at its own place: it answers what the server asks.
+
+The server's model is never here. What is learned from the data leaves as an encoded `ClientUpdate`,
+written into the client's own ledger before it goes.
+"""
+
+import hashlib
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from fedsp.client import ClientModule
+from fedsp.client_state import ClientStateStore
+from fedsp.data import FederatedDataModule
+from fedsp.executors import BudgetSpentError, InProcessExecutor, Simulation
+from fedsp.handout import receive_handout
+from fedsp.ledger import Ledger, next_attempt
+from fedsp.messages import Contract, MessageError
+from fedsp.opening import install, launch, set_up_data
+from fedsp.payload import SOFT_PROMPT
+from fedsp.run_folder import RunFolder
+from fedsp.server import ServerModule
+from fedsp.stages import try_out
+from fedsp.state_files import write_bytes_atomically
+from fedsp.terms import differing, terms
+from fedsp.wire import Answer, Record, Request, read_request, to_record
+
+# a server that lost its newest checkpoint asks for a round again
+STATES_KEPT = 3
+
+
+class ClientSite:
+    """Answers requests one after the other, with what it keeps in its run folder."""
+
+    def __init__(
+        self,
+        trainer: Any,
+        server: ServerModule,
+        client: ClientModule,
+        data: FederatedDataModule,
+        client_id: int,
+        tell: Callable[[str], None],
+    ) -> None:
+        """Read configuration, tokenizer and data; nothing is loaded of the global model's weights.
+
+        Args:
+            trainer: A `FederatedTrainer` that does not run: gives Fabric, rules, seed and folder.
+            server: Names the global model, the prompt and the recipe of the auxiliary model.
+            client: Will hold the auxiliary model.
+            data: This client's, with a `fedsp.partition.Parties` partitioner.
+            client_id: Its place in the cohorts.
+            tell: Called with a line for whoever runs the client.
+
+        Raises:
+            ValueError: If a setting is wrong, or the data is not as it should be.
+        """
+        self.trainer, self.client, self.client_id, self.tell = trainer, client, client_id, tell
+        self.folder: RunFolder = trainer.folder
+        self.terms = terms(trainer.config)
+        self.is_over = False
+        self.failure: Exception | None = None
+        launch(trainer.fabric)
+        server.configure_outline()
+        trainer.server, trainer.data = server, data
+        set_up_data(trainer.fabric, server, data, "fit")
+        try_out({f"client.{name}": stage for name, stage in client.stages.items()})
+        if client.privacy is not None:
+            client.privacy.check()
+        self.num_examples = data.client_num_examples(client_id)
+        self.folder.create(trainer.config_text)
+        self.ledger = Ledger(self.folder.ledger, next_attempt(self.folder.ledger))
+        self.store = ClientStateStore(self.folder.clients, keep=STATES_KEPT)
+        self._executor: InProcessExecutor | None = None
+        self._handout_sha256 = ""
+
+    def answer(self, record: Record) -> Record:
+        """Answer a request; whatever goes wrong here, the server gets an answer.
+
+        After `is_over` or `failure` is set, nothing more is to be answered.
+
+        Args:
+            record: What came.
+        """
+        request_id = ""
+        try:
+            request = read_request(record)
+            request_id = request.request_id
+            answer = self._answer(request)
+        except (MessageError, BudgetSpentError) as refusal:
+            self.tell(str(refusal))
+            answer = Answer(request_id, "refusal", reason=str(refusal))
+        except Exception as failure:
+            # what broke here may speak of the data: the server only learns that something did
+            self.failure = failure
+            answer = Answer(request_id, "refusal", reason="the client failed and has ended")
+        return to_record(answer)
+
+    def close(self) -> None:
+        """Bring the ledger to the disk."""
+        self.ledger.close()
+
+    def _answer(self, request: Request) -> Answer:
+        if request.kind == "finish":
+            self.is_over = True
+            return Answer(request.request_id, "done")
+        if others := differing(self.terms, request.terms):
+            raise MessageError(
+                "server and client must have the same settings, and these differ: "
+                f"{', '.join(others)}"
+            )
+        if request.client_id != self.client_id:
+            raise MessageError(
+                f"the server takes this client for client {request.client_id}, its configuration "
+                f"says {self.client_id}"
+            )
+        if request.handout:
+            self._keep(request)
+        executor = self._prepare(request)
+        if executor is None:
+            return Answer(request.request_id, "handout_missing")
+        self.ledger.record(request.round_idx, self.client_id, "down", request.broadcast)
+        self.tell(f"round {request.round_idx}: works on {self.num_examples} examples")
+        self.store.restore_before(self.client_id, request.round_idx)
+        reply = executor.turn(request.round_idx, self.client_id, request.broadcast)
+        self.ledger.record(request.round_idx, self.client_id, "up", reply.data)
+        return Answer(request.request_id, "update", update=reply.data)
+
+    def _keep(self, request: Request) -> None:
+        """Put the auxiliary model on the disk; it is read from there, now and after a restart."""
+        if hashlib.sha256(request.handout).hexdigest() != request.handout_sha256:
+            raise MessageError("the hand-out is not the one that the server speaks of")
+        self.ledger.record(request.round_idx, self.client_id, "down", request.handout)
+        if _read(self.folder.handout) != request.handout:
+            # another model: what was learned in the one before is of no use; answers stay counted
+            self.store.restore({})
+        write_bytes_atomically(self.folder.handout, request.handout)
+
+    def _prepare(self, request: Request) -> InProcessExecutor | None:
+        """Load the auxiliary model that the server speaks of; None where it is not here."""
+        if request.handout_sha256 != self._handout_sha256:
+            data = _read(self.folder.handout)
+            if hashlib.sha256(data).hexdigest() != request.handout_sha256:
+                return None
+            self._executor = self._load(data, request)
+            self._handout_sha256 = request.handout_sha256
+        executor = self._executor
+        if executor is not None and executor.simulation.participations != request.participations:
+            # the server's operator has changed the number of rounds
+            executor.simulation = replace(
+                executor.simulation, participations=request.participations
+            )
+        return executor
+
+    def _load(self, handout: bytes, request: Request) -> InProcessExecutor:
+        trainer = self.trainer
+        outline, prompt = trainer.server.require_model()
+        auxiliary = receive_handout(handout, trainer.server.auxiliary_recipe, outline)
+        install(trainer, self.client, auxiliary)
+        shapes = {name: tuple(tensor.shape) for name, tensor in self.client.weights().items()}
+        if prompt.num_virtual_tokens or not shapes:
+            shapes[SOFT_PROMPT] = tuple(prompt.prefix().shape)
+        communication = trainer.rules.communication
+        simulation = Simulation(
+            fabric=trainer.fabric,
+            client=self.client,
+            data=trainer.data,
+            store=self.store,
+            ledger=self.ledger,
+            contract=Contract(shapes, communication.wire_dtype, communication.max_update_norm),
+            seed=trainer.seed,
+            participations=request.participations,
+        )
+        return InProcessExecutor(simulation)
+
+
+def _read(path: Path) -> bytes:
+    return path.read_bytes() if path.exists() else b""
