@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from fedsp.federation_settings import FederationSettings
-from fedsp.flower import serve
+from fedsp.flower_node import FlowerNode
 from fedsp.site import ClientSite
 
 if TYPE_CHECKING:
@@ -31,7 +31,8 @@ def run_client(run: "FederatedCLI", folder: Path, settings: FederationSettings) 
     client_id = settings.parties.index(str(settings.party))
     site = ClientSite(trainer, model, run.client, data, client_id, tell)
     try:
-        serve(folder, settings.address, site.answer, lambda: site.has_ended, tell)
+        node = FlowerNode(folder, settings.meeting_point, tell)
+        node.serve(site.answer, lambda: site.has_ended)
     finally:
         site.close()
     if site.failure is not None:

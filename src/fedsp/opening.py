@@ -270,11 +270,9 @@ def simulate(trainer: Any, client: ClientModule, auxiliary: Auxiliary) -> Execut
 
     Args:
         trainer: Gives Fabric, server, data, folder, ledger, rules, rounds and seed.
-        client: Plays every client.
-        auxiliary: As it will be handed out.
+        client: Plays every client, with its model installed.
+        auxiliary: Not used: the client has it.
     """
-    server = trainer.server
-    install(trainer, client, auxiliary)
     ranks = Ranks(trainer.fabric)
     simulation = Simulation(
         fabric=trainer.fabric,
@@ -287,7 +285,7 @@ def simulate(trainer: Any, client: ClientModule, auxiliary: Auxiliary) -> Execut
             deletes=ranks.rank == 0,
         ),
         ledger=trainer.ledger,
-        contract=trainer.rules.contract(server.payload()),
+        contract=trainer.rules.contract(trainer.server.payload()),
         seed=trainer.seed,
         participations=participations(trainer),
     )
@@ -313,6 +311,7 @@ def open_federation(trainer: Any, client: ClientModule) -> Federation:
     trainer.call("on_distillation_end", made.before, made.after, made.cached)
     server.start_tuning(made.auxiliary)
     trainer.fabric.to_device(server)
+    install(trainer, client, made.auxiliary)
     if trainer.rules.privacy is not None:
         trainer.rules.privacy.start(
             len(trainer.cohort(0)),

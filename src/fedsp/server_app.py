@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 from fedsp.auxiliary import Auxiliary
 from fedsp.client import ClientModule
 from fedsp.federation_settings import FederationSettings
-from fedsp.flower import FlowerLink
+from fedsp.flower_link import FlowerLink
 from fedsp.messages import encode_handout
 from fedsp.opening import participations
 from fedsp.remote import Deal, Link, RemoteExecutor
@@ -36,7 +36,7 @@ def run_server(run: "FederatedCLI", folder: Path, settings: FederationSettings) 
             f"`trainer.num_nodes` must be 1, got {trainer.fabric.world_size} processes."
         )
     tell = partial(print, flush=True)
-    link = FlowerLink(folder, settings.address, settings.parties, tell)
+    link = FlowerLink(folder, settings.meeting_point, settings.parties, tell)
     try:
         trainer.make_executor = partial(_executor, link=link, settings=settings, tell=tell)
         trainer.fit(run.model, run.client, run.datamodule, ckpt_path="last")

@@ -147,12 +147,13 @@ def data_rows(counts: dict[str, Any]) -> Rows:
         counts: What `FederatedDataModule.describe` returned.
     """
     sizes = list(counts["clients"].values())
-    low, high = min(sizes), max(sizes)
+    low, high = min(sizes, default=0), max(sizes, default=0)
     spread = f" ({low if low == high else f'{low} to {high}'} each)" if len(sizes) > 1 else ""
+    clients = f"{plural(len(sizes), 'client')}, {plural(sum(sizes), 'example')}{spread}"
     splits = ("server", "public", "selection", "test")
     numbers = [f"{name} {human_count(counts[name]) if counts[name] else '-'}" for name in splits]
     rows = [
-        ("clients", f"{plural(len(sizes), 'client')}, {plural(sum(sizes), 'example')}{spread}"),
+        ("clients", clients if sizes else "with the parties of the federation"),
         ("splits", ", ".join(numbers)),
     ]
     for key, name in (("num_cut", "cut to fit"), ("num_left_out", "left out")):

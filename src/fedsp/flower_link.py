@@ -1,0 +1,337 @@
+"""The server's end of a live federation: Flower's SuperLink, in this process.
+
+Flower's own application answers the clients over HTTPS and keeps what goes back and forth. Only its
+routes for clients are open, and only to the keys of the parties; whatever else Flower can be asked
+to do over the network (start runs, register keys, hand out code) is refused to everybody, also on
+this machine. No run of Flower executes code here or at a client: there is no application to fetch.
+"""
+
+import errno
+import logging
+import socket
+import threading
+import time
+from base64 import b64encode
+from collections.abc import Awaitable, Callable, Mapping, MutableMapping, Sequence
+from pathlib import Path
+from secrets import token_bytes
+from typing import Any
+
+import uvicorn
+from cryptography.hazmat.primitives.serialization import load_ssh_public_key
+from flwr.app import Message
+from flwr.common.constant import (
+    HEARTBEAT_DEFAULT_INTERVAL,
+    ISOLATION_MODE_PROCESS,
+    NOOP_ACCOUNT_NAME,
+    NOOP_FLWR_AID,
+    SUPERLINK_NODE_ID,
+    TRANSPORT_TYPE_GRPC_RERE,
+)
+from flwr.supercore.constant import (
+    FLEET_HTTP_PUBLIC_KEY_HEADER,
+    FLWR_IN_MEMORY_DB_NAME,
+    NOOP_FEDERATION_ID,
+    NodeStatus,
+    TaskType,
+)
+from flwr.supercore.heartbeat import HeartbeatSender
+from flwr.supercore.primitives.asymmetric import public_key_to_bytes
+from flwr.supercore.task_identity import TaskIdentity
+from flwr.superlink.cli.flower_superlink import SuperLinkLifespan
+from flwr.superlink.config_loader import SuperLinkLifespanConfig, load_control_authn_plugin
+from flwr.superlink.grid import HttpGrid
+from flwr.superlink.main import create_app
+from flwr.superlink.servicer.runtime import runtime_handlers
+
+from fedsp.federation_settings import Address
+from fedsp.flower_records import MESSAGE_TYPE, pack_record, unpack_record
+from fedsp.messages import MessageError
+from fedsp.remote import FederationError
+from fedsp.wire import Record
+
+POLL_SECONDS = 0.2
+# Flower cuts what is large into pieces of 5 MB
+MAX_BODY_BYTES = 64 * 2**20
+_START_SECONDS = 60.0
+_TTL_SECONDS = 7 * 86400.0
+
+Scope = MutableMapping[str, Any]
+Application = Callable[[Scope, Any, Any], Awaitable[None]]
+
+
+class Gate:
+    """Lets the parties through to Flower's routes for clients, and nobody to anything else."""
+
+    def __init__(self, application: Application, keys: Sequence[bytes]) -> None:
+        """Take Flower's application in.
+
+        Args:
+            application: Flower's.
+            keys: The parties' public keys, PEM.
+        """
+        self._application = application
+        self._keys = {b64encode(key) for key in keys}
+        self._header = FLEET_HTTP_PUBLIC_KEY_HEADER.lower().encode()
+
+    async def __call__(self, scope: Scope, receive: Any, send: Any) -> None:
+        """Pass a request on, or answer 403."""
+        if scope["type"] == "lifespan" or (scope["type"] == "http" and self._is_welcome(scope)):
+            await self._application(scope, receive, send)
+            return
+        await send({"type": "http.response.start", "status": 403, "headers": []})
+        await send({"type": "http.response.body", "body": b"not a party of this federation"})
+
+    def _is_welcome(self, scope: Scope) -> bool:
+        headers = dict(scope["headers"])
+        length = headers.get(b"content-length", b"")
+        return (
+            str(scope["path"]).startswith("/v1/fleet/")
+            and headers.get(self._header) in self._keys
+            and length.isdigit()
+            and int(length) <= MAX_BODY_BYTES
+        )
+
+
+class FlowerLink:
+    """Carries records to and from the parties; see `fedsp.remote.Link`."""
+
+    def __init__(
+        self, folder: Path, address: Address, parties: Sequence[str], tell: Callable[[str], None]
+    ) -> None:
+        """Open the port.
+
+        Args:
+            folder: The server's folder, with certificates and the parties' public keys.
+            address: Where clients reach it; on a loopback address only this machine can.
+            parties: Their names.
+            tell: Called with a line for the operator.
+
+        Raises:
+            FederationError: If the port is taken or the server does not start.
+        """
+        self._tell = tell
+        _log_to(folder / "flower" / "superlink.log")
+        bound = _bind(address)
+        try:
+            self._start(folder, bound, parties)
+        except BaseException:
+            bound.close()
+            raise
+        tell(f"listens at {address}")
+
+    def _start(self, folder: Path, bound: socket.socket, parties: Sequence[str]) -> None:
+        application = create_app(_settings(folder, bound), SuperLinkLifespan)
+        self._state: Any = application.state.linkstate_factory.state()
+        keys = {name: _public_key(folder / "parties" / f"{name}.pub") for name in parties}
+        self._nodes = {name: self._register(name, key) for name, key in keys.items()}
+        self._grid = _LocalGrid(self._state)
+        self._party_of: dict[str, str] = {}
+        config = uvicorn.Config(
+            Gate(application, [*keys.values()]),
+            ssl_keyfile=folder / "server.key",
+            ssl_certfile=folder / "server.crt",
+            log_config=None,
+            access_log=False,
+            proxy_headers=False,  # nobody else may say where a request comes from
+            server_header=False,
+        )
+        self._server = uvicorn.Server(config)
+        self._thread = threading.Thread(
+            target=self._server.run, args=([bound],), name="superlink", daemon=True
+        )
+        self._thread.start()
+        deadline = time.monotonic() + _START_SECONDS
+        while not self._server.started:
+            if not self._thread.is_alive() or time.monotonic() > deadline:
+                raise FederationError("Flower's SuperLink did not start; see the lines above")
+            time.sleep(0.05)
+
+    def _register(self, name: str, key: bytes) -> int:
+        node_id: int = self._state.create_node(
+            NOOP_FLWR_AID, NOOP_ACCOUNT_NAME, key, HEARTBEAT_DEFAULT_INTERVAL, name=name
+        )
+        return node_id
+
+    def present(self) -> dict[str, str]:
+        """Return who is there: its session by party; see `fedsp.remote.Link`."""
+        names = {node_id: name for name, node_id in self._nodes.items()}
+        there = self._state.get_node_info(node_ids=[*names], statuses=[NodeStatus.ONLINE])
+        return {names[node.node_id]: node.last_activated_at for node in there}
+
+    def send(self, party: str, record: Record) -> None:
+        """Leave a record for a party to fetch; one that it has not fetched yet is withdrawn."""
+        self._withdraw(party)
+        message = Message(pack_record(record), self._nodes[party], MESSAGE_TYPE, ttl=_TTL_SECONDS)
+        for message_id in self._grid.push_messages([message]):
+            self._party_of[message_id] = party
+
+    def _withdraw(self, party: str) -> None:
+        stale = {
+            message_id
+            for message_id, name in self._party_of.items()
+            if name == party
+            and (message := self._state.message_ins_store.get(message_id)) is not None
+            and message.metadata.delivered_at == ""
+        }
+        self._state.delete_messages(message_ins_ids=stale)
+        for message_id in stale:
+            del self._party_of[message_id]
+
+    def receive(self, seconds: float) -> list[tuple[str, Record]]:
+        """Return what has come, by party; wait for the first at most so long."""
+        deadline = time.monotonic() + seconds
+        while True:
+            came = self._pull()
+            left = deadline - time.monotonic()
+            if came or left <= 0:
+                return came
+            time.sleep(min(POLL_SECONDS, left))
+
+    def _pull(self) -> list[tuple[str, Record]]:
+        if not self._party_of:
+            return []
+        came = []
+        for reply in self._grid.pull_messages([*self._party_of]):
+            party = self._party_of.pop(reply.metadata.reply_to_message_id, None)
+            if party is None or reply.has_error():
+                continue  # it went away before it answered
+            try:
+                came.append((party, unpack_record(reply.content)))
+            except MessageError as error:
+                self._tell(f"{party}: {error}")
+        return came
+
+    def close(self) -> None:
+        """Close the port."""
+        self._grid.stop()
+        self._server.should_exit = True
+        self._thread.join(timeout=10)
+
+
+class _Runtime:
+    """Flower's Runtime API without a network: its handlers are called where they are."""
+
+    def __init__(self, state: Any, task: Any) -> None:
+        self._state, self._task = state, task
+
+    def PushMessages(self, request: Any) -> Any:  # noqa: N802 - Flower's name
+        return runtime_handlers.push_messages(request, self._state, self._task)
+
+    def PullMessages(self, request: Any) -> Any:  # noqa: N802
+        return runtime_handlers.pull_messages(request, self._state, self._task)
+
+    def PushObject(self, request: Any) -> Any:  # noqa: N802
+        return runtime_handlers.push_object(request, self._state, self._task)
+
+    def PullObject(self, request: Any) -> Any:  # noqa: N802
+        return runtime_handlers.pull_object(request, self._state, self._task)
+
+    def ConfirmMessageReceived(self, request: Any) -> Any:  # noqa: N802
+        return runtime_handlers.confirm_message_received(request, self._state, self._task)
+
+
+class _LocalGrid(HttpGrid):
+    """Flower's grid over a run of its own, in the process of the SuperLink."""
+
+    def __init__(self, state: Any) -> None:
+        super().__init__(token="not used: nothing is sent")
+        run_id = state.create_run(
+            None, None, None, {}, NOOP_FEDERATION_ID, None, NOOP_FLWR_AID, TaskType.SERVER_APP
+        )
+        run = state.get_run_info(run_ids=[run_id])[0]
+        task_id = run.primary_task_id
+        state.claim_task(task_id)
+        state.activate_task(task_id)
+        self.set_run(run)
+        TaskIdentity.run_id, TaskIdentity.task_id = run_id, task_id
+        TaskIdentity.node_id = SUPERLINK_NODE_ID
+        self._client: Any = _Runtime(state, state.get_tasks(task_ids=[task_id])[0])
+        # a run whose task shows no life is ended
+        self._life = HeartbeatSender(lambda: bool(state.acknowledge_task_heartbeat(task_id)))
+        self._life.start()
+
+    def stop(self) -> None:
+        self._life.stop()
+
+
+def _log_to(path: Path) -> None:
+    """Keep what Flower says of its own work out of the terminal."""
+    path.parent.mkdir(exist_ok=True)
+    file = logging.FileHandler(path)
+    file.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
+    for name in ("flwr", "uvicorn"):
+        logger = logging.getLogger(name)
+        logger.handlers, logger.propagate = [file], False
+
+
+def _bind(address: Address) -> socket.socket:
+    """Take the port before anything else is done.
+
+    Raises:
+        FederationError: If it cannot be had.
+    """
+    # a name may lead elsewhere from here, such as to a load balancer: all interfaces are taken
+    is_v6 = ":" in address.host
+    everywhere = "::" if is_v6 else "0.0.0.0"
+    host = address.host if address.is_loopback else everywhere
+    bound = socket.socket(socket.AF_INET6 if is_v6 else socket.AF_INET, socket.SOCK_STREAM)
+    bound.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    try:
+        bound.bind((host, address.port))
+    except OSError as error:
+        bound.close()
+        reason = "is taken" if error.errno == errno.EADDRINUSE else f"cannot be had: {error}"
+        raise FederationError(
+            f"port {address.port} {reason}; free it, or change `address` in every federation.yaml"
+        ) from error
+    return bound
+
+
+def _settings(folder: Path, bound: socket.socket) -> SuperLinkLifespanConfig:
+    authority, certificate, key = (
+        (folder / name).read_bytes() for name in ("ca.crt", "server.crt", "server.key")
+    )
+    host, port = bound.getsockname()[:2]
+    unset: Mapping[str, None] = dict.fromkeys(
+        (
+            "health_server_address",
+            "event_log_plugin",
+            "fleet_event_log_plugin",
+            "artifact_provider",
+            "fleet_api_address",
+        )
+    )
+    return SuperLinkLifespanConfig(
+        **unset,
+        control_address="",
+        host=host,
+        port=port,
+        insecure=False,
+        certificates=(authority, certificate, key),
+        superexec_auth_secret=token_bytes(32),
+        authn_plugin=load_control_authn_plugin(),
+        enable_event_log=False,
+        enable_supernode_auth=True,
+        fleet_api_type=TRANSPORT_TYPE_GRPC_RERE,
+        simulation=False,
+        ssl_ca_certfile=str(folder / "ca.crt"),
+        ssl_certfile=str(folder / "server.crt"),
+        ssl_keyfile=str(folder / "server.key"),
+        database=FLWR_IN_MEMORY_DB_NAME,
+        isolation=ISOLATION_MODE_PROCESS,  # Flower starts no process
+        runtime_dependency_install=False,
+    )
+
+
+def _public_key(path: Path) -> bytes:
+    """Read a party's public key as Flower keeps it.
+
+    Raises:
+        FederationError: If there is none.
+    """
+    try:
+        key: Any = load_ssh_public_key(path.read_bytes())
+        return public_key_to_bytes(key)
+    except (OSError, ValueError) as error:
+        raise FederationError(f"{path}: no public key of a party: {error}") from error
