@@ -23,7 +23,7 @@ commands:
   chat      Talk to a run's global model and its soft prompt; Ctrl-D or `exit` ends.
   report    Write one HTML page about a run, or about several beside each other.
   compare   Run methods with seeds, one after the other, and compare them; goes on where it stopped.
-  audit     Check by the ledgers that nothing but declared payloads travelled, on one side or on both.
+  audit     Check by the ledgers, of one side or of both, that only declared payloads travelled.
 
   fedsp COMMAND --help           every option with its meaning and default
   fedsp COMMAND --print_config   the configuration that would run

@@ -124,7 +124,7 @@ def compare(arguments: Sequence[str]) -> int:
 
 
 def audit(arguments: Sequence[str]) -> int:
-    """Check by the ledgers that nothing but declared payloads travelled, on one side or on both.
+    """Check by the ledgers, of one side or of both, that only declared payloads travelled.
 
     Args:
         arguments: The words after `fedsp audit`.
