@@ -45,7 +45,6 @@ def authority(tmp_path):
 @pytest.fixture
 def server(authority, tmp_path):
     issue_server_certificate(authority, tmp_path / "server", HOSTS)
-    shutil.copy(authority / "ca.crt", tmp_path / "server")
     return tmp_path / "server"
 
 
@@ -196,50 +195,31 @@ def test_private_keys_are_the_owners_alone_and_nothing_else_is_written(authority
         *("authority/ca.crt", "server/ca.crt", "server/server.crt"),
         *("alpha/ca.crt", "alpha/node.pub"),
     }
+    assert {path.name for path in authority.parent.iterdir()} == {"authority", "server", "clients"}
 
 
-@pytest.mark.parametrize(
-    ("make", "name"),
-    [
-        (create_authority, "ca.key"),
-        (create_node_key, "node.key"),
-        (
-            lambda folder: issue_server_certificate(folder.parent / "authority", folder, HOSTS),
-            "server",
-        ),
-    ],
-    ids=["authority", "node", "server"],
-)
-def test_other_files_stay_beside_and_no_key_is_overwritten(authority, tmp_path, make, name):
-    folder = tmp_path / "used"
-    folder.mkdir()
-    (folder / "config.yaml").write_text("seed: 1")
-    make(folder)
-    before = {path.name: path.read_bytes() for path in folder.iterdir()}
-    assert len(before) == 3
-    with pytest.raises(FileExistsError, match=rf"used/{name}.* is there already; keys and certif"):
-        make(folder)
-    assert {path.name: path.read_bytes() for path in folder.iterdir()} == before
-    # one of the two is enough: the other would not belong to it
-    for path in folder.glob("*.key"):
-        path.unlink()
-    with pytest.raises(FileExistsError):
-        make(folder)
-    assert len(list(folder.iterdir())) == 2
+def test_an_empty_folder_is_filled_and_a_used_one_left_alone(authority, tmp_path):
+    (tmp_path / "empty").mkdir()
+    create_node_key(tmp_path / "empty")
+    before = {path.name: path.read_bytes() for path in authority.iterdir()}
+    for make in (
+        create_authority,
+        create_node_key,
+        lambda folder: issue_server_certificate(authority, folder, HOSTS),
+    ):
+        with pytest.raises(FileExistsError, match=r"authority, which is in use; none is ever"):
+            make(authority)
+    assert {path.name: path.read_bytes() for path in authority.iterdir()} == before
 
 
 def test_a_failed_write_leaves_nothing(tmp_path, monkeypatch):
-    written = []
-
     def refuse(handle: int) -> None:
-        written.append(handle)
-        if len(written) == 2:
-            raise OSError(28, "No space left on device")
+        raise OSError(28, "No space left on device")
 
     monkeypatch.setattr("fedsp.credentials.os.fsync", refuse)
     with pytest.raises(OSError, match="No space left"):
         create_authority(tmp_path / "authority")
-    assert not list((tmp_path / "authority").iterdir())
+    assert not list(tmp_path.iterdir())
 
 
 @pytest.mark.parametrize(

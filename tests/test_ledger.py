@@ -121,15 +121,19 @@ def test_what_may_travel_is_declared_on_a_line_that_is_no_payload(tmp_path):
     ledger.declare(CONTRACT, {"norm": torch.ones(4, device="meta")}, client_id=2)
     ledger.record(0, 2, "down", HANDOUT)
     first, second = path.read_bytes().splitlines()
-    assert json.loads(first) == parse_line(first, "") == {
-        "attempt": 1,
-        "client": 2,
-        "declares": {
-            "auxiliary_handout": [{"name": "norm", "shape": [4], "dtype": "float32"}],
-            "server_broadcast": PAYLOAD,
-            "client_update": PAYLOAD,
-        },
-    }
+    assert (
+        json.loads(first)
+        == parse_line(first, "")
+        == {
+            "attempt": 1,
+            "client": 2,
+            "declares": {
+                "auxiliary_handout": [{"name": "norm", "shape": [4], "dtype": "float32"}],
+                "server_broadcast": PAYLOAD,
+                "client_update": PAYLOAD,
+            },
+        }
+    )
     assert read_ledger(path) == [parse_line(second, "")]
     assert ledger.totals(0) == {"up_bytes": 0, "down_bytes": len(HANDOUT)}
 

@@ -10,6 +10,7 @@ usage: fedsp {fit,plan,validate,test,predict,export} --config FILE [--config FIL
        fedsp report RUN_DIR [RUN_DIR ...] [--output FILE]
        fedsp compare --config FILE --methods NAME [NAME ...] --seeds N [N ...] [--OPTION VALUE]
        fedsp audit RUN_DIR [--clients CLIENT_RUN ...]
+       fedsp federation {init,server,client,renew} DIR [--OPTION VALUE]
 
 Federated learning in which only tunable soft prompts travel.
 
@@ -24,6 +25,7 @@ commands:
   report    Write one HTML page about a run, or about several beside each other.
   compare   Run methods with seeds, one after the other, and compare them; goes on where it stopped.
   audit     Check by the ledgers, of one side or of both, that only declared payloads travelled.
+  federation  A live federation of separate machines: its folder, its server, its clients.
 
   fedsp COMMAND --help           every option with its meaning and default
   fedsp COMMAND --print_config   the configuration that would run
@@ -46,6 +48,11 @@ def main() -> None:
         from fedsp.report_commands import main as run_report
 
         run_report(arguments)
+        return
+    if arguments[0] == "federation":
+        from fedsp.federation_commands import main as run_federation
+
+        run_federation(arguments[1:])
         return
     from fedsp.cli import main as run
 

@@ -45,7 +45,7 @@ def print_audit(report: AuditReport, console: Console) -> None:
     for note in report.notes:
         console.print(f"note: {note}", soft_wrap=True)
     both = "" if report.agreed is None else f", {report.agreed} in both sides' ledgers"
-    verdict = "nothing else travelled" if report.passed else plural(len(report.findings), "finding")
+    verdict = "all as declared" if report.passed else plural(len(report.findings), "finding")
     total = sum(flow.payloads for flow in report.flows)
     console.print(f"audit: {plural(total, 'payload')}{both}; {verdict}", soft_wrap=True)
 

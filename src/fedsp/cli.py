@@ -27,6 +27,7 @@ from fedsp.client import ClientModule
 from fedsp.data import FederatedDataModule
 from fedsp.failures import OtherRankFailedError
 from fedsp.pretrained import hide_loading_bar
+from fedsp.remote import FederationError
 from fedsp.run_folder import RunFolder
 from fedsp.server import ServerModule
 from fedsp.shipped import expand_names
@@ -42,6 +43,7 @@ REPORTED = (
     ModuleNotFoundError,
     MisconfigurationException,
     OtherRankFailedError,
+    FederationError,
 )
 SEEDS = ("trainer.seed", "model.init_args.seed", "data.init_args.seed")
 
@@ -277,6 +279,17 @@ def main(args: list[str] | None = None) -> None:
     Args:
         args: Command line; None reads `sys.argv`.
     """
+    arguments = sys.argv[1:] if args is None else args
+    with reporting():
+        if arguments[:1] == ["chat"]:
+            _run_chat(arguments[1:])
+        else:
+            FederatedCLI(expand_names(arguments))
+
+
+@contextmanager
+def reporting() -> Iterator[None]:
+    """Give a command its manners: warnings and errors in one line, exit statuses, signals."""
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     if not sys.stderr.isatty():
         hide_loading_bar()
@@ -284,11 +297,7 @@ def main(args: list[str] | None = None) -> None:
     try:
         with warnings.catch_warnings():
             warnings.showwarning = _show_warning
-            arguments = sys.argv[1:] if args is None else args
-            if arguments[:1] == ["chat"]:
-                _run_chat(arguments[1:])
-            else:
-                FederatedCLI(expand_names(arguments))
+            yield
     except KeyboardInterrupt as interrupt:
         sys.exit(TERMINATED if isinstance(interrupt, Terminated) else INTERRUPTED)
     except REPORTED as error:

@@ -8,6 +8,7 @@ authority's own folder, `ca.key` and `ca.crt`, stays with the operator.
 import ipaddress
 import os
 import re
+import shutil
 import ssl
 import stat
 import tempfile
@@ -58,10 +59,10 @@ def create_authority(folder: Path) -> None:
     """Make the authority that signs the server's certificate: `ca.key` and `ca.crt`, for 10 years.
 
     Args:
-        folder: Where to; made if it is missing.
+        folder: Where to, a new or empty folder; it is there only once both files are.
 
     Raises:
-        FileExistsError: If it holds such a file; nothing is written then.
+        FileExistsError: If the folder is in use.
         OSError: If it cannot be written.
     """
     key = ec.generate_private_key(ec.SECP384R1())
@@ -79,18 +80,18 @@ def create_authority(folder: Path) -> None:
 def issue_server_certificate(
     authority: Path, folder: Path, hosts: Sequence[str], *, days: int = _SERVER_DAYS
 ) -> None:
-    """Make the server's `server.key` and `server.crt`; beside them it needs a copy of `ca.crt`.
+    """Make the server's `server.key` and `server.crt`, with a copy of the authority's `ca.crt`.
 
     Args:
         authority: Folder that `create_authority` made.
-        folder: Where to; made if it is missing.
+        folder: Where to, a new or empty folder; it is there only once all files are.
         hosts: Names and IP addresses under which clients reach the server, at least one.
         days: How long the certificate is valid, at least 1.
 
     Raises:
         CredentialError: If a host is none, `days` is below 1 or beyond the authority's end, or
             the authority's files are damaged, expired or open to others.
-        FileExistsError: If it holds such a file; nothing is written then.
+        FileExistsError: If the folder is in use.
         OSError: If it cannot be written.
     """
     if not hosts:
@@ -98,7 +99,8 @@ def issue_server_certificate(
     names = [_general_name(host) for host in hosts]
     if days < 1:
         raise CredentialError(f"`days` must be at least 1, got {days}.")
-    ca = _load_certificate(authority / CA_CERTIFICATE)
+    ca_data = _read(authority / CA_CERTIFICATE)
+    ca = _load_certificate(authority / CA_CERTIFICATE, ca_data)
     ca_key = _load_key(authority / CA_KEY, load_pem_private_key)
     _check_dates(authority / CA_CERTIFICATE, ca)
     if ca_key.public_key() != ca.public_key():
@@ -127,6 +129,7 @@ def issue_server_certificate(
         {
             SERVER_KEY: _private_pem(key),
             SERVER_CERTIFICATE: certificate.public_bytes(Encoding.PEM),
+            CA_CERTIFICATE: ca_data,
         },
     )
 
@@ -135,10 +138,10 @@ def create_node_key(folder: Path) -> None:
     """Make the key by which the server knows a client: `node.key` and `node.pub`.
 
     Args:
-        folder: Where to; made if it is missing.
+        folder: Where to, a new or empty folder; it is there only once both files are.
 
     Raises:
-        FileExistsError: If it holds such a file; nothing is written then.
+        FileExistsError: If the folder is in use.
         OSError: If it cannot be written.
     """
     key = ec.generate_private_key(ec.SECP384R1())
@@ -166,7 +169,7 @@ def check_server(folder: Path, address: str) -> None:
         folder / name for name in (CA_CERTIFICATE, SERVER_CERTIFICATE, SERVER_KEY)
     )
     _check_authority(ca_path)
-    certificate = _load_certificate(path)
+    certificate = _load_certificate(path, _read(path))
     key = _load_key(key_path, load_pem_private_key)
     _check_dates(path, certificate)
     if key.public_key() != certificate.public_key():
@@ -274,23 +277,26 @@ def _host_of(address: str) -> str:
 
 
 def _publish(folder: Path, files: Mapping[str, bytes]) -> None:
-    """Write files that get their names when all of them are whole."""
-    for name in files:
-        if (folder / name).exists():
-            raise FileExistsError(
-                f"{folder / name} is there already; keys and certificates are never overwritten."
-            )
-    folder.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(prefix=".keys-", suffix=".tmp", dir=folder) as made:
+    """Write all files into a new folder that gets its name when they are whole."""
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        raise FileExistsError(
+            f"keys and certificates need a new or empty folder, got {folder}, which is in use; "
+            "none is ever overwritten."
+        )
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    made = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", suffix=".tmp", dir=folder.parent))
+    try:
         for name, data in files.items():
             mode = 0o600 if name.endswith(".key") else 0o644
-            handle = os.open(Path(made, name), os.O_WRONLY | os.O_CREAT | os.O_EXCL, mode)
-            with open(handle, "wb") as file:
-                file.write(data)
-                file.flush()
-                os.fsync(file.fileno())
-        for name in files:
-            Path(made, name).rename(folder / name)
+            with open(os.open(made / name, os.O_WRONLY | os.O_CREAT | os.O_EXCL, mode), "wb") as it:
+                it.write(data)
+                it.flush()
+                os.fsync(it.fileno())
+        # takes the place of an empty folder, and of nothing else
+        made.rename(folder)
+    except BaseException:
+        shutil.rmtree(made)
+        raise
 
 
 def _read(path: Path) -> bytes:
@@ -313,8 +319,8 @@ def _load(path: Path, load: Callable[[bytes], _Loaded], data: bytes) -> _Loaded:
         raise CredentialError(f"{path} is damaged or of another kind: {error}") from error
 
 
-def _load_certificate(path: Path) -> x509.Certificate:
-    return _load(path, x509.load_pem_x509_certificate, _read(path))
+def _load_certificate(path: Path, data: bytes) -> x509.Certificate:
+    return _load(path, x509.load_pem_x509_certificate, data)
 
 
 def _load_key(path: Path, load: Callable[[bytes, None], Any]) -> Any:
@@ -330,7 +336,7 @@ def _load_key(path: Path, load: Callable[[bytes, None], Any]) -> Any:
 
 
 def _check_authority(path: Path) -> None:
-    certificate = _load_certificate(path)
+    certificate = _load_certificate(path, _read(path))
     _check_dates(path, certificate)
     try:
         constraints = certificate.extensions.get_extension_for_class(x509.BasicConstraints)

@@ -211,6 +211,24 @@ def load_outline(spec: BackboneSpec) -> PreTrainedModel:
     return model
 
 
+def save_outline(spec: BackboneSpec, folder: Path) -> None:
+    """Write what `load_outline` and `load_tokenizer` read: configuration and tokenizer, no weights.
+
+    Args:
+        spec: Names the model.
+        folder: New folder.
+
+    Raises:
+        ValueError: If there is no such model or tokenizer.
+    """
+    name = NAME_OPTION if spec.config is None else "model.backbone.config"
+    with _loading(name, spec.name_or_path):
+        config = _configuration(spec)
+    config.name_or_path = ""  # where the owner keeps it
+    config.save_pretrained(folder)
+    load_tokenizer(spec).save_pretrained(folder)
+
+
 def _configuration(spec: BackboneSpec) -> PreTrainedConfig:
     """Return the configuration that is named, or that of a model of random weights."""
     if spec.config is None:

@@ -60,6 +60,12 @@ class ClientSite:
         self.terms = terms(trainer.config)
         self.is_over = False
         self.failure: Exception | None = None
+        if data.clients is None:
+            raise ValueError(
+                "`data.clients` is null. Name this party's data there: in config.yaml, or as an "
+                "option such as `--data.init_args.clients=fedsp.sources.Files "
+                "--data.init_args.clients.paths=FILE`."
+            )
         launch(trainer.fabric)
         server.configure_outline()
         trainer.server, trainer.data = server, data
@@ -77,8 +83,6 @@ class ClientSite:
     def answer(self, record: Record) -> Record:
         """Answer a request; whatever goes wrong here, the server gets an answer.
 
-        After `is_over` or `failure` is set, nothing more is to be answered.
-
         Args:
             record: What came.
         """
@@ -95,6 +99,11 @@ class ClientSite:
             self.failure = failure
             answer = Answer(request_id, "refusal", reason="the client failed and has ended")
         return to_record(answer)
+
+    @property
+    def has_ended(self) -> bool:
+        """Whether nothing more is to be answered."""
+        return self.is_over or self.failure is not None
 
     def close(self) -> None:
         """Bring the ledger to the disk."""
