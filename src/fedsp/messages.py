@@ -131,13 +131,13 @@ class Contract:
     @property
     def num_bytes(self) -> int:
         """Bytes of the payload's numbers on the wire."""
-        count = sum(math.prod(shape) for shape in self.shapes.values())
-        return count * _torch_dtype(self.wire_dtype).itemsize
+        return size_limits(self.describe())[0]
 
     @property
     def max_overhead_bytes(self) -> int:
         """Bytes that a message may have around its numbers: 1 KiB for a single tensor."""
-        return MAX_OVERHEAD_BYTES + sum(_entry_bytes(name) for name in sorted(self.shapes)[1:])
+        low, high = size_limits(self.describe())
+        return high - low
 
     def describe(self) -> list[dict[str, Any]]:
         """Say of the payload's tensors what `messages.describe` says of those in a message."""
@@ -292,9 +292,7 @@ def decode_handout(data: Buffer, like: Mapping[str, Tensor] | None = None) -> Au
         MessageError: If the bytes are anything else than such a hand-out.
     """
     if like is not None:
-        wanted = sum(tensor.numel() * tensor.element_size() for tensor in like.values())
-        names = sum(map(_entry_bytes, like))
-        _check_size(data, wanted, wanted + names + MAX_OVERHEAD_BYTES, "auxiliary_handout")
+        _check_size(data, *size_limits(describe_tensors(like)), "auxiliary_handout")
     header, _ = _read_fields(data, "auxiliary_handout")
     if like is not None:
         _check_names(header, like, "auxiliary_handout")
@@ -342,7 +340,7 @@ def size_limits(tensors: Sequence[Mapping[str, Any]]) -> tuple[int, int]:
         tensors: What `describe` says of its tensors.
 
     Returns:
-        Bytes of the numbers, and the most bytes of the whole message.
+        Bytes of the numbers, and the most bytes of the whole message: 1 KiB more for one tensor.
 
     Raises:
         ValueError: If a dtype is unknown.
