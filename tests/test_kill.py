@@ -17,6 +17,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from fedsp.audit import audit
 from fedsp.ledger import read_ledger
 from fedsp.sampling import UniformSampler
 from fedsp.server import SoftPromptSpec
@@ -174,6 +175,7 @@ def assert_ledger_balances(runs: Runs, name: str) -> None:
         for direction in ("up", "down"):
             total = sum(row["bytes"] for row in of_round if row["direction"] == direction)
             assert history[round_idx][f"comm/{direction}_bytes"] == total
+    assert audit(runs.folder / name).findings == ()
     whole = read_ledger(runs.folder / "whole" / "ledger.jsonl")
     last_attempts: dict[int, int] = {}
     for row in rows:

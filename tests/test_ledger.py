@@ -2,6 +2,7 @@ import errno
 import hashlib
 import json
 import os
+import re
 import subprocess
 import sys
 import textwrap
@@ -9,9 +10,10 @@ import textwrap
 import pytest
 import torch
 
-from fedsp.ledger import Ledger, next_attempt, read_ledger, summarize
+from fedsp.ledger import Ledger, next_attempt, parse_line, read_ledger, summarize
 from fedsp.messages import (
     ClientUpdate,
+    Contract,
     MessageError,
     ServerBroadcast,
     describe,
@@ -104,6 +106,65 @@ def test_the_summary_adds_up_by_kind_and_direction(tmp_path):
         "client_update": {"up_bytes": 3 * len(UPDATE), "down_bytes": 0, "payloads": 3},
     }
     assert summarize([]) == {}
+
+
+CONTRACT = Contract({"soft_prompt": (2, 2, 1, 3, 4), "lora.a": (4, 1)}, "bfloat16", None)
+PAYLOAD = [
+    {"name": "lora.a", "shape": [4, 1], "dtype": "bfloat16"},
+    {"name": "soft_prompt", "shape": [2, 2, 1, 3, 4], "dtype": "bfloat16"},
+]
+
+
+def test_what_may_travel_is_declared_on_a_line_that_is_no_payload(tmp_path):
+    path = tmp_path / "ledger.jsonl"
+    ledger = Ledger(path, attempt=1)
+    ledger.declare(CONTRACT, {"norm": torch.ones(4, device="meta")}, client_id=2)
+    ledger.record(0, 2, "down", HANDOUT)
+    first, second = path.read_bytes().splitlines()
+    assert (
+        json.loads(first)
+        == parse_line(first, "")
+        == {
+            "attempt": 1,
+            "client": 2,
+            "declares": {
+                "auxiliary_handout": [{"name": "norm", "shape": [4], "dtype": "float32"}],
+                "server_broadcast": PAYLOAD,
+                "client_update": PAYLOAD,
+            },
+        }
+    )
+    assert read_ledger(path) == [parse_line(second, "")]
+    assert ledger.totals(0) == {"up_bytes": 0, "down_bytes": len(HANDOUT)}
+
+
+def test_an_attempt_that_only_declared_is_one(tmp_path):
+    path = tmp_path / "ledger.jsonl"
+    Ledger(path, attempt=3).declare(CONTRACT, {})
+    assert next_attempt(path) == 4
+    Ledger(None).declare(CONTRACT, {})
+
+
+@pytest.mark.parametrize(
+    ("change", "reason"),
+    [
+        ({"more": 1}, "expected the fields"),
+        ({"client": "a"}, "`client` is 'a'"),
+        ({"client": True}, "`client` is True"),
+        ({"declares": []}, "`declares` is []"),
+        ({"declares": {"x": {}}}, "a tensor is {}"),
+        ({"declares": {"x": [PAYLOAD[0] | {"shape": [-1]}]}}, "a tensor is {'name': 'lora.a'"),
+        ({"declares": {"x": [PAYLOAD[0] | {"shape": [True]}]}}, "a tensor is {'name': 'lora.a'"),
+        ({"declares": {"x": [PAYLOAD[0] | {"dtype": 1}]}}, "a tensor is {'name': 'lora.a'"),
+        ({"declares": {"x": [1]}}, "a tensor is 1"),
+    ],
+)
+def test_a_damaged_declaration_is_named(tmp_path, change, reason):
+    path = tmp_path / "ledger.jsonl"
+    Ledger(path).declare(CONTRACT, {})
+    row = json.loads(path.read_text()) | change
+    with pytest.raises(ValueError, match=re.escape(f"x: the ledger is damaged, {reason}")):
+        parse_line(json.dumps(row).encode(), "x")
 
 
 def test_what_is_no_message_is_not_recorded(tmp_path):

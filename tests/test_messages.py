@@ -24,8 +24,10 @@ from fedsp.messages import (
     decode_handout,
     decode_update,
     describe,
+    describe_tensors,
     encode,
     encode_handout,
+    size_limits,
 )
 
 SHAPE = (2, 2, 1, 3, 4)
@@ -601,3 +603,33 @@ def test_a_header_of_many_megabytes_is_not_parsed():
                 read(data)
 
     assert peak_bytes(read) < 400_000
+
+
+# --- what an audit knows of sizes ---------------------------------------------------------------
+
+
+def test_the_limits_of_a_message_are_its_numbers_and_what_its_names_may_take():
+    tensors = [
+        {"name": "bb", "shape": [3, 4], "dtype": "float16"},
+        {"name": "a", "shape": [], "dtype": "int64"},
+    ]
+    # 12 numbers of 2 bytes and one of 8; 1 KiB, and for the second name 6 bytes a letter and 256
+    assert size_limits(tensors) == (32, 32 + 1024 + 2 * 6 + 256)
+    with pytest.raises(ValueError, match=r"^a dtype must be one of float64, .*got 'text'$"):
+        size_limits([{"name": "a", "shape": [1], "dtype": "text"}])
+
+
+def test_messages_keep_within_the_limits_of_what_they_say_of_themselves():
+    named = {f"layer.{idx}": torch.zeros(idx, dtype=torch.int8) for idx in range(50)}
+    for data in (encode_handout({}), encode_handout(named)):
+        low, high = size_limits(describe(data)["tensors"])
+        assert low < len(data) <= high
+    assert describe(data)["tensors"] == describe_tensors(named)
+
+
+def test_a_contract_describes_its_payload_as_a_message_does():
+    data = encode(ServerBroadcast(0, {"soft_prompt": torch.zeros(2, 2, 1, 3, 4)}), "bfloat16")
+    contract = Contract({"soft_prompt": (2, 2, 1, 3, 4)}, "bfloat16", None)
+    assert contract.describe() == describe(data)["tensors"]
+    low, high = size_limits(contract.describe())
+    assert (low, high - low) == (contract.num_bytes, contract.max_overhead_bytes)

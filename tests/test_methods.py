@@ -8,6 +8,7 @@ import pytest
 
 import tiny
 from commands import changed, command, make_config, write_config
+from fedsp.audit import audit
 from fedsp.ledger import read_ledger
 from fedsp.shipped import shipped_names
 
@@ -50,6 +51,7 @@ def test_a_method_runs_a_round_and_sends_what_it_declares(tmp_path: Path, method
     assert results["test"]["best"]["loss"] > 0
     assert results["test"]["zero_shot"]["loss"] > 0
     rows = read_ledger(folder / "ledger.jsonl")
+    assert audit(folder).findings == ()
     if method in ALONE:
         assert not rows
         return

@@ -8,9 +8,12 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 import runs
 from commands import Outcome, changed, make_config, write_config
+from fedsp.ledger import Ledger
+from fedsp.messages import ClientUpdate, Contract, ServerBroadcast, encode, encode_handout
 from fedsp.report_commands import main
 
 METHOD = "fedsp"
@@ -141,3 +144,99 @@ def test_bad_words_are_one_error(
     assert outcome.status == status
     assert message in outcome.err
     assert not (tmp_path / "cmp").exists()
+
+
+# --- audit --------------------------------------------------------------------------------------
+
+CONTRACT = Contract({"soft_prompt": (4, 2, 2, 3, 8)}, "float32", None)
+AUXILIARY = {f"layer.{idx}": torch.zeros(idx + 1) for idx in range(3)}
+
+
+def write_ledgers(root: Path, parties: tuple[str, ...] = ("alpha", "beta")) -> Path:
+    """Write both sides' ledgers of two rounds, in the folders of a federation."""
+    server = Ledger(root / "server" / "run" / "ledger.jsonl")
+    server.declare(CONTRACT, AUXILIARY)
+    own = [Ledger(root / "clients" / party / "run" / "ledger.jsonl") for party in parties]
+    for client_id, ledger in enumerate(own):
+        ledger.declare(CONTRACT, AUXILIARY, client_id)
+    for round_idx in range(2):
+        prompt = {"soft_prompt": torch.full((4, 2, 2, 3, 8), float(round_idx))}
+        broadcast = encode(ServerBroadcast(round_idx, prompt), "float32")
+        for client_id in range(len(parties)):
+            update = encode(ClientUpdate(round_idx, client_id, prompt, 5), "float32")
+            for ledger in (server, own[client_id]):
+                if not round_idx:
+                    ledger.record(0, client_id, "down", encode_handout(AUXILIARY))
+                ledger.record(round_idx, client_id, "down", broadcast)
+                ledger.record(round_idx, client_id, "up", update)
+    return root
+
+
+def test_an_audit_shows_what_travelled_and_that_both_sides_agree(tmp_path: Path) -> None:
+    outcome = command("audit", write_ledgers(tmp_path))
+    assert (outcome.status, outcome.err) == (0, "")
+    lines = [" ".join(line.split()) for line in outcome.out.splitlines()]
+    assert lines[:4] == [
+        "may travel",
+        "auxiliary handout: 3 tensors",
+        "server broadcast: soft_prompt [4, 2, 2, 3, 8] float32",
+        "client update: soft_prompt [4, 2, 2, 3, 8] float32",
+    ]
+    handout = f"{len(encode_handout(AUXILIARY))} B"
+    prompt = {"soft_prompt": torch.zeros(4, 2, 2, 3, 8)}
+    updates = f"{2 * len(encode(ClientUpdate(0, 0, prompt, 5), 'float32')) / 1000:.2f} kB"
+    for party in ("alpha", "beta"):
+        assert f"{party} 0 down auxiliary handout 3 tensors 1 {handout}" in lines
+        tensor = "soft_prompt [4, 2, 2, 3, 8] float32"
+        assert f"{party} 0-1 up client update {tensor} 2 {updates}" in lines
+    assert lines[-1] == "audit: 10 payloads, 10 in both sides' ledgers; all as declared"
+
+
+def test_every_finding_is_a_line_and_the_status_is_1(tmp_path: Path) -> None:
+    write_ledgers(tmp_path)
+    path = tmp_path / "server" / "run" / "ledger.jsonl"
+    path.write_bytes(path.read_bytes().replace(b"bytes", b"bites", 1)[:-1])
+    outcome = command("audit", tmp_path / "server" / "run")
+    assert outcome.status == 1
+    first, *_, last = outcome.err.splitlines()
+    assert first.startswith(f"fedsp: error: {path}, line 2: the ledger is damaged, expected the fi")
+    assert last.startswith("fedsp: error: ")
+    count = len(outcome.err.splitlines())
+    assert outcome.out.splitlines()[-1] == f"audit: 8 payloads; {count} findings"
+
+
+def test_an_audit_for_programs_is_json(tmp_path: Path) -> None:
+    write_ledgers(tmp_path)
+    (tmp_path / "clients" / "beta" / "run" / "ledger.jsonl").unlink()
+    outcome = command("audit", tmp_path, "--format", "json")
+    made = json.loads(outcome.out)
+    assert (outcome.status, made["passed"], made["agreed"], made["findings"]) == (0, True, 5, [])
+    assert made["notes"] == ["client 1: its ledger is not here to compare"]
+    assert made["flows"][0] == {
+        "party": "alpha",
+        "round_idx": 0,
+        "direction": "down",
+        "kind": "auxiliary_handout",
+        "tensors": [f"layer.{idx} [{idx + 1}] float32" for idx in range(3)],
+        "payloads": 1,
+        "num_bytes": len(encode_handout(AUXILIARY)),
+    }
+
+
+def test_an_audit_of_a_foreign_folder_is_one_error(tmp_path: Path) -> None:
+    outcome = command("audit", tmp_path)
+    assert (outcome.status, outcome.out) == (1, "")
+    assert outcome.err == (
+        "fedsp: error: `RUN_DIR` must be the folder of a run, with ledger.jsonl in it, or that of "
+        f"a federation, with server/run/ledger.jsonl, got {tmp_path}, which holds none.\n"
+    )
+    server = write_ledgers(tmp_path) / "server" / "run"
+    outcome = command("audit", server, "--clients", tmp_path / "none")
+    assert (outcome.status, outcome.out) == (1, "")
+    assert outcome.err == (
+        "fedsp: error: `--clients` must be the folder of a run, with ledger.jsonl in it, got "
+        f"{tmp_path / 'none'}, which is no folder.\n"
+    )
+    outcome = command("audit")
+    assert outcome.status == 2
+    assert outcome.err.startswith("fedsp: error: the following arguments are required: RUN_DIR\n")

@@ -80,6 +80,16 @@ def test_payloads_of_the_attempt_that_finished_a_round_are_settled(tmp_path: Pat
     assert all(row["round"] < 2 for row in settled)
 
 
+def test_a_ledger_and_metrics_that_differ_say_where_which_way_and_by_how_much(
+    tmp_path: Path,
+) -> None:
+    folder = runs.write_run(tmp_path / "run")
+    assert read_run(folder).ledger_gaps() == []
+    lines = [*runs.payloads(2)[1:], runs.payload(1, 1, "up", "client_update", 7)]
+    runs.write_lines(folder / "ledger.jsonl", lines)
+    assert read_run(folder).ledger_gaps() == [(0, "down", -runs.HANDOUT), (1, "up", 7)]
+
+
 @pytest.mark.parametrize(
     ("name", "content", "message"),
     [

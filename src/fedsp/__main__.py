@@ -9,6 +9,7 @@ usage: fedsp {fit,plan,validate,test,predict,export} --config FILE [--config FIL
        fedsp chat RUN_DIR [--OPTION VALUE]
        fedsp report RUN_DIR [RUN_DIR ...] [--output FILE]
        fedsp compare --config FILE --methods NAME [NAME ...] --seeds N [N ...] [--OPTION VALUE]
+       fedsp audit RUN_DIR [--clients CLIENT_RUN ...]
        fedsp federation {init,server,client,renew} DIR [--OPTION VALUE]
 
 Federated learning in which only tunable soft prompts travel.
@@ -23,6 +24,7 @@ commands:
   chat      Talk to a run's global model and its soft prompt; Ctrl-D or `exit` ends.
   report    Write one HTML page about a run, or about several beside each other.
   compare   Run methods with seeds, one after the other, and compare them; goes on where it stopped.
+  audit     Check by the ledgers, of one side or of both, that only declared payloads travelled.
   federation  A live federation of separate machines: its folder, its server, its clients.
 
   fedsp COMMAND --help           every option with its meaning and default
@@ -42,7 +44,7 @@ def main() -> None:
         print(f"fedsp {version('fedsp')}")
         return
     # torch, lightning and transformers take seconds to import; help must not wait for them
-    if arguments[0] in ("report", "compare"):
+    if arguments[0] in ("report", "compare", "audit"):
         from fedsp.report_commands import main as run_report
 
         run_report(arguments)

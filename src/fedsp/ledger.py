@@ -1,6 +1,7 @@
 """The ledger: one JSON line for every payload that travels, written before it leaves.
 
-It knows what a message says of itself, not what the message is for.
+Lines of another kind declare what may travel, so that the file can be audited by itself. It knows
+what a message says of itself, not what the message is for.
 """
 
 import errno
@@ -12,7 +13,9 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, Literal, get_args
 
-from fedsp.messages import describe
+from torch import Tensor
+
+from fedsp.messages import Contract, describe, describe_tensors
 from fedsp.tensor_files import Buffer
 
 Direction = Literal["up", "down"]
@@ -27,6 +30,12 @@ _FIELDS: dict[str, type] = {
     "bytes": int,
     "sha256": str,
 }
+_DECLARATION: dict[str, type | tuple[type, ...]] = {
+    "attempt": int,
+    "client": (int, type(None)),
+    "declares": dict,
+}
+_TENSOR: dict[str, type] = {"name": str, "shape": list, "dtype": str}
 
 
 def digest(data: Buffer) -> tuple[dict[str, Any], int, str]:
@@ -75,6 +84,27 @@ class Ledger:
             path.parent.mkdir(parents=True, exist_ok=True)
             self._file = os.open(path, os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o666)
             _cut_torn_line(self._file)
+
+    def declare(
+        self, contract: Contract, handout: Mapping[str, Tensor], client_id: int | None = None
+    ) -> None:
+        """Note which tensors may travel in this attempt, of which kind, shape and dtype.
+
+        Args:
+            contract: What a payload has to be, in both directions.
+            handout: The auxiliary model's tensors by name; meta tensors will do.
+            client_id: The client whose own ledger this is; None for the server's, which names all.
+
+        Raises:
+            OSError: If the line cannot be written; nothing must be sent then.
+        """
+        tensors = contract.describe()
+        declares = {
+            "auxiliary_handout": describe_tensors(handout),
+            "server_broadcast": tensors,
+            "client_update": tensors,
+        }
+        self._append({"attempt": self.attempt, "client": client_id, "declares": declares})
 
     def record(self, round_idx: int, client_id: int, direction: Direction, data: Buffer) -> None:
         """Note a payload; call it before the payload is handed on.
@@ -127,8 +157,7 @@ class Ledger:
             "bytes": num_bytes,
             "sha256": sha256,
         }
-        if self.path is not None:
-            self._append(json.dumps(row).encode() + b"\n")
+        self._append(row)
         self._totals[round_idx][direction] += num_bytes
 
     def totals(self, round_idx: int) -> dict[str, int]:
@@ -150,7 +179,10 @@ class Ledger:
             os.close(self._file)
             self._file = -1
 
-    def _append(self, line: bytes) -> None:
+    def _append(self, row: Mapping[str, Any]) -> None:
+        if self.path is None:
+            return
+        line = json.dumps(row).encode() + b"\n"
         if self._file < 0:
             raise RuntimeError(f"{self.path} is closed: nothing more may be sent")
         # One call: a killed process leaves a whole line or a torn one, never two halves apart.
@@ -187,7 +219,7 @@ def next_attempt(path: Path) -> int:
         last = os.pread(file, end - start, start)
     finally:
         os.close(file)
-    return _parse_line(last, f"{path}, last line")["attempt"] + 1 if last else 0
+    return parse_line(last, f"{path}, last line")["attempt"] + 1 if last else 0
 
 
 def read_ledger(path: Path) -> list[dict[str, Any]]:
@@ -197,15 +229,16 @@ def read_ledger(path: Path) -> list[dict[str, Any]]:
         path: The file.
 
     Returns:
-        One dict a payload: attempt, round, client, direction, kind, tensors, bytes, sha256. A
-        half-written last line is left out: its payload never left.
+        One dict a payload: attempt, round, client, direction, kind, tensors, bytes, sha256. What
+        was declared is left out, and so is a half-written last line: its payload never left.
 
     Raises:
         FileNotFoundError: If there is no such file.
         ValueError: If a line is damaged; the message names its number.
     """
     lines = path.read_bytes().split(b"\n")[:-1]
-    return [_parse_line(line, f"{path}, line {i}") for i, line in enumerate(lines, start=1)]
+    rows = (parse_line(line, f"{path}, line {i}") for i, line in enumerate(lines, start=1))
+    return [row for row in rows if "declares" not in row]
 
 
 def summarize(rows: Iterable[dict[str, Any]]) -> dict[str, dict[str, int]]:
@@ -225,19 +258,48 @@ def summarize(rows: Iterable[dict[str, Any]]) -> dict[str, dict[str, int]]:
     return sums
 
 
-def _parse_line(line: bytes, where: str) -> dict[str, Any]:
+def parse_line(line: bytes, where: str) -> dict[str, Any]:
+    """Read one line of a ledger.
+
+    Args:
+        line: Without its newline.
+        where: How errors name it.
+
+    Returns:
+        A payload, as `read_ledger` returns it, or what `Ledger.declare` noted: attempt, client
+        (None in a server's ledger) and, as "declares", the tensors of each kind.
+
+    Raises:
+        ValueError: If it is damaged.
+    """
     try:
         row = json.loads(line)
     except (ValueError, RecursionError) as error:
         raise ValueError(f"{where}: the ledger is damaged, expected JSON: {error}") from error
-    if not isinstance(row, dict) or set(row) != set(_FIELDS):
-        raise ValueError(f"{where}: the ledger is damaged, expected the fields {list(_FIELDS)}")
-    for name, kind in _FIELDS.items():
-        if type(row[name]) is not kind:
+    declares = isinstance(row, dict) and "declares" in row
+    fields = _DECLARATION if declares else _FIELDS
+    if not isinstance(row, dict) or set(row) != set(fields):
+        raise ValueError(f"{where}: the ledger is damaged, expected the fields {list(fields)}")
+    for name, kind in fields.items():
+        # a bool is an int to isinstance
+        if not isinstance(row[name], kind) or isinstance(row[name], bool):
             raise ValueError(f"{where}: the ledger is damaged, `{name}` is {row[name]!r:.80}")
-    if row["direction"] not in get_args(Direction):
+    if not declares and row["direction"] not in get_args(Direction):
         raise ValueError(f"{where}: the ledger is damaged, `direction` is {row['direction']!r:.80}")
+    for tensors in row["declares"].values() if declares else [row["tensors"]]:
+        _check_tensors(tensors, where)
     return row
+
+
+def _check_tensors(tensors: Any, where: str) -> None:
+    for tensor in tensors if isinstance(tensors, list) else [tensors]:
+        if (
+            not isinstance(tensor, dict)
+            or set(tensor) != set(_TENSOR)
+            or not all(isinstance(tensor[name], kind) for name, kind in _TENSOR.items())
+            or not all(type(size) is int and size >= 0 for size in tensor["shape"])
+        ):
+            raise ValueError(f"{where}: the ledger is damaged, a tensor is {tensor!r:.80}")
 
 
 def _cut_torn_line(file: int) -> None:

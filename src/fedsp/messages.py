@@ -8,7 +8,7 @@ Axis letters: L layers, K key/value heads, P virtual tokens, D head size.
 """
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -16,7 +16,15 @@ import torch
 from torch import Tensor
 
 from fedsp.payload import SOFT_PROMPT, Payload, Shapes, norm, subtract
-from fedsp.tensor_files import Buffer, Header, dtype_name, pack_tensors, read_header, read_tensor
+from fedsp.tensor_files import (
+    Buffer,
+    Header,
+    dtype_bytes,
+    dtype_name,
+    pack_tensors,
+    read_header,
+    read_tensor,
+)
 
 MESSAGE_VERSION = "1"
 MAX_OVERHEAD_BYTES = 1024
@@ -123,13 +131,18 @@ class Contract:
     @property
     def num_bytes(self) -> int:
         """Bytes of the payload's numbers on the wire."""
-        count = sum(math.prod(shape) for shape in self.shapes.values())
-        return count * _torch_dtype(self.wire_dtype).itemsize
+        return size_limits(self.describe())[0]
 
     @property
     def max_overhead_bytes(self) -> int:
         """Bytes that a message may have around its numbers: 1 KiB for a single tensor."""
-        return MAX_OVERHEAD_BYTES + sum(_entry_bytes(name) for name in sorted(self.shapes)[1:])
+        low, high = size_limits(self.describe())
+        return high - low
+
+    def describe(self) -> list[dict[str, Any]]:
+        """Say of the payload's tensors what `messages.describe` says of those in a message."""
+        dtype = _torch_dtype(self.wire_dtype)
+        return [_entry(name, shape, dtype) for name, shape in sorted(self.shapes.items())]
 
 
 def encode(message: ServerBroadcast | ClientUpdate, wire_dtype: WireDtype) -> bytes:
@@ -279,9 +292,7 @@ def decode_handout(data: Buffer, like: Mapping[str, Tensor] | None = None) -> Au
         MessageError: If the bytes are anything else than such a hand-out.
     """
     if like is not None:
-        wanted = sum(tensor.numel() * tensor.element_size() for tensor in like.values())
-        names = sum(map(_entry_bytes, like))
-        _check_size(data, wanted, wanted + names + MAX_OVERHEAD_BYTES, "auxiliary_handout")
+        _check_size(data, *size_limits(describe_tensors(like)), "auxiliary_handout")
     header, _ = _read_fields(data, "auxiliary_handout")
     if like is not None:
         _check_names(header, like, "auxiliary_handout")
@@ -305,10 +316,42 @@ def describe(data: Buffer) -> dict[str, Any]:
     """
     header, numbers = _read_fields(data, None)
     tensors = [
-        {"name": name, "shape": list(entry.shape), "dtype": dtype_name(entry.dtype)}
-        for name, entry in sorted(header.tensors.items())
+        _entry(name, entry.shape, entry.dtype) for name, entry in sorted(header.tensors.items())
     ]
     return {"kind": header.metadata["kind"], **numbers, "tensors": tensors}
+
+
+def describe_tensors(tensors: Mapping[str, Tensor]) -> list[dict[str, Any]]:
+    """Say of tensors what `describe` says of those in a message.
+
+    Args:
+        tensors: By name; meta tensors will do.
+
+    Returns:
+        A list of {"name", "shape", "dtype"} in the order of the names.
+    """
+    return [_entry(name, tensor.shape, tensor.dtype) for name, tensor in sorted(tensors.items())]
+
+
+def size_limits(tensors: Sequence[Mapping[str, Any]]) -> tuple[int, int]:
+    """Say how large a message may be.
+
+    Args:
+        tensors: What `describe` says of its tensors.
+
+    Returns:
+        Bytes of the numbers, and the most bytes of the whole message: 1 KiB more for one tensor.
+
+    Raises:
+        ValueError: If a dtype is unknown.
+    """
+    low = sum(math.prod(it["shape"]) * dtype_bytes(it["dtype"]) for it in tensors)
+    names = sorted(it["name"] for it in tensors)
+    return low, low + MAX_OVERHEAD_BYTES + sum(map(_entry_bytes, names[1:]))
+
+
+def _entry(name: str, shape: Sequence[int], dtype: torch.dtype) -> dict[str, Any]:
+    return {"name": name, "shape": list(shape), "dtype": dtype_name(dtype)}
 
 
 def _torch_dtype(wire_dtype: str) -> torch.dtype:

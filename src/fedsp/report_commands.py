@@ -1,9 +1,10 @@
-"""`fedsp report` and `fedsp compare`: what looks at several runs and needs no model.
+"""`fedsp report`, `fedsp compare` and `fedsp audit`: what looks at runs and needs no model.
 
 Everything that takes long to import is imported only when a command's words are understood.
 """
 
 import argparse
+import json
 import os
 import signal
 import sys
@@ -14,6 +15,8 @@ from typing import TYPE_CHECKING, NoReturn
 from fedsp.shipped import expand_names, shipped_names
 
 if TYPE_CHECKING:
+    from rich.console import Console
+
     from fedsp.sweep import Sweep
 
 INTERRUPTED = 130
@@ -120,7 +123,59 @@ def compare(arguments: Sequence[str]) -> int:
     return _run(sweep)
 
 
-COMMANDS: dict[str, Callable[[Sequence[str]], int]] = {"report": report, "compare": compare}
+def audit(arguments: Sequence[str]) -> int:
+    """Check by the ledgers, of one side or of both, that only declared payloads travelled.
+
+    Args:
+        arguments: The words after `fedsp audit`.
+
+    Returns:
+        The exit status: 1 if anything is wrong.
+
+    Raises:
+        ValueError: If a folder is not that of a run or a federation.
+    """
+    parser = _parser("audit", audit)
+    parser.add_argument(
+        "run_dir",
+        type=Path,
+        metavar="RUN_DIR",
+        help="folder of a run, of either side's, or of a federation, whose runs are found in it",
+    )
+    parser.add_argument(
+        "--clients",
+        nargs="+",
+        type=Path,
+        default=[],
+        metavar="CLIENT_RUN",
+        help="folders of the clients' runs, compared with RUN_DIR, the server's",
+    )
+    parser.add_argument(
+        "--format", choices=("table", "json"), default="table", help="default: %(default)s"
+    )
+    given = parser.parse_args(arguments)
+    from dataclasses import asdict
+
+    from rich.console import Console
+
+    from fedsp.audit import audit as make_audit
+    from fedsp.audit_table import print_audit
+
+    made = make_audit(given.run_dir, given.clients)
+    if given.format == "json":
+        print(json.dumps(asdict(made) | {"passed": made.passed}, indent=2))
+    else:
+        print_audit(made, _console(Console()))
+        for finding in made.findings:
+            print(f"fedsp: error: {finding}", file=sys.stderr)
+    return 0 if made.passed else 1
+
+
+COMMANDS: dict[str, Callable[[Sequence[str]], int]] = {
+    "report": report,
+    "compare": compare,
+    "audit": audit,
+}
 
 
 def main(arguments: Sequence[str]) -> None:
@@ -161,14 +216,18 @@ def _run(sweep: "Sweep") -> int:
         runs.sort(key=lambda run: list(sweep.methods).index(run.method))
         write_comparison(runs, sweep.folder)
         write_report(runs, sweep.folder / "report.html")
-        console = Console()
-        if not console.is_terminal:
-            console.width = 200  # a file has no edge to wrap at
+        console = _console(Console())
         console.print(comparison_table(group_runs(runs)))
         print(f"comparison: {sweep.folder}/comparison.csv, .json and report.html")
     for line in failed:
         print(f"fedsp: error: {line}", file=sys.stderr)
     return 1 if failed else 0
+
+
+def _console(console: "Console") -> "Console":
+    if not console.is_terminal:
+        console.width = 200  # a file has no edge to wrap at
+    return console
 
 
 def _parser(name: str, command: Callable[[Sequence[str]], int]) -> Parser:

@@ -93,6 +93,26 @@ class Run:
             if row["round"] in finished and row["attempt"] == last[row["round"]]
         ]
 
+    def ledger_gaps(self) -> list[tuple[int, str, int]]:
+        """Compare the ledger with the metrics of every finished round.
+
+        Returns:
+            Round, direction, and the bytes that the ledger has beyond the metrics, below 0 where it
+            has fewer; nothing where both say the same. An answer that came late, after its round
+            was measured, is beyond them.
+        """
+        sums: dict[tuple[int, str], int] = {}
+        for row in self.settled_payloads():
+            key = row["round"], row["direction"]
+            sums[key] = sums.get(key, 0) + row["bytes"]
+        gaps = [
+            (idx, way, sums.get((idx, way), 0) - int(metrics.get(f"comm/{way}_bytes", 0)))
+            for metrics in self.rounds
+            for idx in [int(metrics["round"])]
+            for way in ("up", "down")
+        ]
+        return [gap for gap in gaps if gap[2]]
+
     def settings(self) -> dict[str, Any]:
         """Return the configuration by options as a user types them, seeds and folder left out."""
         flat = flatten_config(self.config)

@@ -170,13 +170,15 @@ class ClientSite:
         if prompt.num_virtual_tokens or not shapes:
             shapes[SOFT_PROMPT] = tuple(prompt.prefix().shape)
         communication = trainer.rules.communication
+        contract = Contract(shapes, communication.wire_dtype, communication.max_update_norm)
+        self.ledger.declare(contract, auxiliary.handout_tensors(), self.client_id)
         simulation = Simulation(
             fabric=trainer.fabric,
             client=self.client,
             data=trainer.data,
             store=self.store,
             ledger=self.ledger,
-            contract=Contract(shapes, communication.wire_dtype, communication.max_update_norm),
+            contract=contract,
             seed=trainer.seed,
             participations=request.participations,
         )

@@ -211,6 +211,18 @@ def dtype_name(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")
 
 
+def dtype_bytes(name: str) -> int:
+    """Return the bytes of one number of a dtype that `dtype_name` named.
+
+    Raises:
+        ValueError: If no file holds tensors of such a dtype.
+    """
+    sizes = {dtype_name(dtype): dtype.itemsize for dtype in _CODES}
+    if name not in sizes:
+        raise ValueError(f"a dtype must be one of {', '.join(sizes)}, got {name!r:.80}")
+    return sizes[name]
+
+
 def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     fields = dict(pairs)
     if len(fields) != len(pairs):
