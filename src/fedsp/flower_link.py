@@ -131,6 +131,7 @@ class FlowerLink:
             Gate(application, [*keys.values()]),
             ssl_keyfile=folder / "server.key",
             ssl_certfile=folder / "server.crt",
+            ws="none",
             log_config=None,
             access_log=False,
             proxy_headers=False,  # nobody else may say where a request comes from
