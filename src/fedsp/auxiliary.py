@@ -75,8 +75,14 @@ class Auxiliary(nn.Module):
         return {name: parameters[name] for name in self._trainable_names}
 
     def rebuilt(self, backbone: Backbone) -> "Auxiliary":
-        """Return it over a model that was made from its own, such as a smaller one."""
-        return Auxiliary(backbone, self.slots, self.sources, self._global_num_parameters)
+        """Return it over a model that was made from its own; what was left out stays so by name."""
+        other = Auxiliary(backbone, self.slots, self.sources, self._global_num_parameters)
+        named = self.backbone.model.named_parameters()
+        left_out = {name for name, p in named if p.requires_grad} - set(self._trainable_names)
+        other._trainable_names = tuple(
+            name for name in other._trainable_names if name not in left_out
+        )
+        return other
 
     def duplicate(self) -> "Auxiliary":
         """Return a copy with parameters of its own; those of the global model stay shared."""
