@@ -311,8 +311,6 @@ def open_federation(trainer: Any, client: ClientModule) -> Federation:
     trainer.call("on_distillation_end", made.before, made.after, made.cached)
     server.start_tuning(made.auxiliary)
     trainer.fabric.to_device(server)
-    contract = trainer.rules.contract(server.payload())
-    trainer.ledger.declare(contract, made.auxiliary.handout_tensors())
     install(trainer, client, made.auxiliary)
     if trainer.rules.privacy is not None:
         trainer.rules.privacy.start(
@@ -321,11 +319,15 @@ def open_federation(trainer: Any, client: ClientModule) -> Federation:
             Ranks(trainer.fabric),
             trainer.folder.privacy_budget,
         )
+    executor = trainer.make_executor(trainer, client, made.auxiliary)
+    contract = trainer.rules.contract(server.payload())
+    # after it: what simulated clients tune beside the prompt is made in the model handed out
+    trainer.ledger.declare(contract, made.auxiliary.handout_tensors())
     return Federation(
         trainer.fabric,
         server,
         data,
-        trainer.make_executor(trainer, client, made.auxiliary),
+        executor,
         trainer.rules,
         num_rounds=trainer.num_rounds,
         seed=trainer.seed,
