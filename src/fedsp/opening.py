@@ -319,15 +319,13 @@ def open_federation(trainer: Any, client: ClientModule) -> Federation:
             Ranks(trainer.fabric),
             trainer.folder.privacy_budget,
         )
-    executor = trainer.make_executor(trainer, client, made.auxiliary)
     contract = trainer.rules.contract(server.payload())
-    # after it: what simulated clients tune beside the prompt is made in the model handed out
     trainer.ledger.declare(contract, made.auxiliary.handout_tensors())
     return Federation(
         trainer.fabric,
         server,
         data,
-        executor,
+        trainer.make_executor(trainer, client, made.auxiliary),
         trainer.rules,
         num_rounds=trainer.num_rounds,
         seed=trainer.seed,

@@ -165,15 +165,13 @@ class ClientSite:
         trainer = self.trainer
         outline, prompt = trainer.server.require_model()
         auxiliary = receive_handout(handout, trainer.server.auxiliary_recipe, outline)
-        # before weights beside the prompt are made in it
-        handed_out = auxiliary.handout_tensors()
         install(trainer, self.client, auxiliary)
         shapes = {name: tuple(tensor.shape) for name, tensor in self.client.weights().items()}
         if prompt.num_virtual_tokens or not shapes:
             shapes[SOFT_PROMPT] = tuple(prompt.prefix().shape)
         communication = trainer.rules.communication
         contract = Contract(shapes, communication.wire_dtype, communication.max_update_norm)
-        self.ledger.declare(contract, handed_out, self.client_id)
+        self.ledger.declare(contract, auxiliary.handout_tensors(), self.client_id)
         simulation = Simulation(
             fabric=trainer.fabric,
             client=self.client,
