@@ -53,6 +53,11 @@ class Auxiliary(nn.Module):
         self._trainable_names = tuple(
             name for name, p in backbone.model.named_parameters() if p.requires_grad
         )
+        self._handout: dict[str, Tensor] = {}
+
+    def seal(self) -> None:
+        """Hand out the tensors of now, whatever a client puts into the model beside them."""
+        self._handout = self.handout_tensors()
 
     def leave_out(self, tuned: Collection[nn.Parameter]) -> None:
         """Take what travels out of what the auxiliary stage trains and the client keeps.
@@ -127,6 +132,8 @@ class Auxiliary(nn.Module):
 
         A trimmed vocabulary's two maps are among it; those of `trainable()` have the same names.
         """
+        if self._handout:
+            return self._handout
         model = self.backbone.model
         saved = model.state_dict(keep_vars=True).keys()
         buffers = {name: buffer for name, buffer in model.named_buffers() if name in saved}
