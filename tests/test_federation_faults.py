@@ -3,6 +3,7 @@
 import json
 import os
 import signal
+import ssl
 import time
 from pathlib import Path
 from typing import Any
@@ -127,7 +128,7 @@ def test_strangers_and_wrong_servers_are_refused(
             assert second.join() == 1
         assert f"port {settings.meeting_point.port} is taken" in second.text()
         # nobody is let in to what Flower could be asked to do otherwise
-        verify = str(root / "server" / "ca.crt")
+        verify = ssl.create_default_context(cafile=root / "server" / "ca.crt")
         with httpx.Client(verify=verify, base_url=f"https://{settings.address}") as stranger:
             for path in ("/", "/docs", "/v1/control/register-node", "/v1/runtime/acquire-task"):
                 assert stranger.post(path, content=b"").status_code == 403

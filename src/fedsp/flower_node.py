@@ -140,7 +140,10 @@ class FlowerNode:
                 self._send(node, Message(reply, reply_to=message))
         finally:
             over.set()
-            self._leave(node_id)
+            if (
+                not has_ended()
+            ):  # else the last answer is still to be fetched, from one who is there
+                self._leave(node_id)
 
     def _activate(self) -> int:
         """Begin a session.
