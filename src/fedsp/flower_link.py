@@ -134,7 +134,6 @@ class FlowerLink:
             Gate(application, [*keys.values()]),
             ssl_keyfile=folder / "server.key",
             ssl_certfile=folder / "server.crt",
-            ws="none",
             log_config=None,
             access_log=False,
             ws="none",  # Flower has no use for web sockets

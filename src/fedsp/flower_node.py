@@ -140,10 +140,7 @@ class FlowerNode:
                 self._send(node, Message(reply, reply_to=message))
         finally:
             over.set()
-            if (
-                not has_ended()
-            ):  # else the last answer is still to be fetched, from one who is there
-                self._leave(node_id)
+            self._leave(node_id)
 
     def _activate(self) -> int:
         """Begin a session.
