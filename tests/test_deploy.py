@@ -8,7 +8,6 @@ import os
 import shutil
 import subprocess
 import sys
-from collections.abc import Iterable
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -21,14 +20,13 @@ from torch.distributed.run import get_args_parser
 from commands import changed, command, make_config, write_config
 from processes import free_port
 from shipped_files import ROOT
+from stand_ins import RECORDER, directives, run, slurm, with_programs
 
 SBATCH = ROOT / "deploy" / "slurm" / "fedsp.sbatch"
 MANIFEST = ROOT / "deploy" / "kubernetes" / "fedsp-simulation.yaml"
 QUICKSTART = ROOT / "configs" / "quickstart.yaml"
 # the oldest with all fields of the manifest out of beta, and the newest that the schemas know
 KUBERNETES = ("1.31", kubernetes_validate.latest_version())
-# Stands in for `srun` and `torchrun`: writes its arguments, one a line.
-RECORDER = '#!/usr/bin/env bash\nprintf "%s\\n" "$@" > "$RECORD"\n'
 # Stands in for `srun`: two tasks on this machine, as Slurm would describe them.
 SRUN = """#!/usr/bin/env bash
 shift
@@ -63,35 +61,6 @@ def variables() -> dict[str, str]:
     return {variable["name"]: variable["value"] for variable in container()["env"]}
 
 
-def with_programs(folder: Path, **programs: str) -> dict[str, str]:
-    """Return an environment in which these programs come first; their recorder writes `record`."""
-    folder.mkdir()
-    for name, text in programs.items():
-        (folder / name).write_text(text)
-        (folder / name).chmod(0o755)
-    path = f"{folder}{os.pathsep}{os.environ['PATH']}"
-    return {**os.environ, "PATH": path, "RECORD": str(folder / "record")}
-
-
-def slurm(**changes: str) -> dict[str, str]:
-    job = {"SLURM_JOB_ID": "7", "SLURM_JOB_NUM_NODES": "2", "SLURM_NTASKS_PER_NODE": "4"}
-    return {**job, "SLURM_CPUS_PER_TASK": "1", **changes}
-
-
-def run(words: Iterable[object], environment: dict[str, str]) -> str:
-    done = subprocess.run(
-        [str(word) for word in words],
-        env=environment,
-        cwd=ROOT,
-        capture_output=True,
-        text=True,
-        timeout=200,
-        check=False,
-    )
-    assert done.returncode == 0, done.stdout + done.stderr
-    return done.stdout + done.stderr
-
-
 def pod_script(environment: dict[str, str]) -> list[str]:
     """Return the container's command; the shell comes from this machine's own path."""
     shell, options = container()["command"]
@@ -118,19 +87,13 @@ def recorded_by_slurm(folder: Path, run_dir: Path) -> list[str]:
     return words[2:]
 
 
-def directives() -> dict[str, str]:
-    lines = [line for line in SBATCH.read_text().splitlines() if line.startswith("#SBATCH ")]
-    pairs = (line.removeprefix("#SBATCH --").partition("=") for line in lines)
-    return {name: value for name, _, value in pairs}
-
-
 def test_the_slurm_script_is_valid_shell_with_its_directives_on_top() -> None:
     run(["bash", "-n", SBATCH], dict(os.environ))
     lines = SBATCH.read_text().splitlines()
     first_command = next(idx for idx, line in enumerate(lines) if not line.startswith("#"))
     # Slurm reads no directive after the first command
     assert not any(line.startswith("#SBATCH") for line in lines[first_command:])
-    wanted = directives()
+    wanted = directives(SBATCH)
     assert wanted["ntasks-per-node"] == wanted["gpus-per-node"]
     assert "requeue" in wanted
 
