@@ -114,12 +114,13 @@ class FlowerLink:
             FederationError: If the port is taken or the server does not start.
         """
         self._tell = tell
-        self._log = _log_to(folder / "flower" / "superlink.log")
         bound = _bind(address)
+        self._log = _log_to(folder / "flower" / "superlink.log")
         try:
             self._start(folder, bound, parties)
         except BaseException:
             bound.close()
+            self._log.close()
             raise
         tell(f"listens at {address}")
 
