@@ -18,10 +18,10 @@ INSTALL := $(BIN)/python -m pip install --quiet $(PIP_ARGS) -c constraints.txt
 CANDIDATES := $(or $(PYTHON),python3.11 python3 python3.12 python3.13 python3.14 python)
 
 .DEFAULT_GOAL := help
-.PHONY: help quickstart test lint bench results-table setup clean
+.PHONY: help quickstart test lint federation-demo bench results-table setup clean
 
 help:  ## show this list
-	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "  make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-16s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
 quickstart: $(VENV)/.installed  ## install, then run FedSP on the embedded model and text (a few minutes)
 	$(BIN)/fedsp fit --config configs/quickstart.yaml --trainer.run_dir $(RUN_DIR) $(ARGS)
@@ -34,6 +34,9 @@ lint: $(VENV)/.installed-dev  ## check format, lint rules, import layers and typ
 	$(BIN)/ruff check .
 	$(BIN)/lint-imports --no-cache
 	$(BIN)/mypy
+
+federation-demo: $(VENV)/.installed-dev  ## run a live federation of three processes, audit it, compare it with the simulation
+	$(BIN)/python scripts/federation_demo.py
 
 bench: $(VENV)/.installed-dev  ## run the benchmarks and print one table (under 15 minutes on 2 free cores)
 	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/table.py

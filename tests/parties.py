@@ -49,7 +49,9 @@ def server_data(folder: Path, paths: dict[str, str]) -> Any:
     return make_data(folder, clients=None, partitioner=Parties(NAMES), **server_splits(paths))
 
 
-def make_site(folder: Path, run_dir: Path, name: str, path: str, **client: Any) -> ClientSite:
+def make_site(
+    folder: Path, run_dir: Path, name: str, path: str, server: Any = None, **client: Any
+) -> ClientSite:
     data = make_data(
         folder,
         clients=Files(path),
@@ -57,9 +59,8 @@ def make_site(folder: Path, run_dir: Path, name: str, path: str, **client: Any) 
         **dict.fromkeys(("server", "public", "selection", "test")),
     )
     trainer = make_trainer(run_dir)
-    return ClientSite(
-        trainer, make_server(folder), make_client(**client), data, NAMES.index(name), print
-    )
+    server = server or make_server(folder)
+    return ClientSite(trainer, server, make_client(**client), data, NAMES.index(name), print)
 
 
 class LocalLink:

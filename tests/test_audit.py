@@ -11,7 +11,10 @@ from typing import Any
 import pytest
 
 from fedsp.audit import audit
+from fedsp.recipes import WholeModel
 from fedsp.remote import Patience
+from fedsp.stages import Stage
+from fedsp.tuned import LoRA
 from fedsp.wire import Record
 from parties import NAMES, LocalLink, make_site, remote, server_data, write_party_rows
 from tiny import fit, make_client, make_server, make_trainer
@@ -46,17 +49,32 @@ class Wiretap(LocalLink):
         ]
 
 
-def federate(root: Path, tiny_folder: Path, lost: tuple[str, ...] = ()) -> Wiretap:
+def federate(
+    root: Path, tiny_folder: Path, lost: tuple[str, ...] = (), *, lora: bool = False
+) -> Wiretap:
     """Run a live federation over a wire that listens, in the folders of a real one."""
     paths = write_party_rows(tiny_folder / "rows")
     runs = {name: root / "clients" / name / "run" for name in NAMES}
-    sites = {name: make_site(tiny_folder, runs[name], name, paths[name]) for name in NAMES}
+    recipe: Row = {
+        "initial_distillation": None,
+        "auxiliary": WholeModel(),
+        "tuned_weights": LoRA(2),
+    }
+    options = recipe if lora else {}
+    client = {"auxiliary": Stage(0)} if lora else {}
+    sites = {
+        name: make_site(
+            tiny_folder, run, name, paths[name], make_server(tiny_folder, **options), **client
+        )
+        for name, run in runs.items()
+    }
     link = Wiretap(sites, lost)
     trainer = make_trainer(root / "server" / "run", num_rounds=ROUNDS)
     trainer.make_executor = remote(
         link, Patience(join_seconds=0.0, round_seconds=0.2 if lost else 5.0)
     )
-    trainer.fit(make_server(tiny_folder), make_client(), server_data(tiny_folder, paths))
+    server = make_server(tiny_folder, **options)
+    trainer.fit(server, make_client(**client), server_data(tiny_folder, paths))
     for site in sites.values():
         site.close()
     return link
@@ -127,6 +145,16 @@ def test_what_may_travel_is_the_prompt_and_the_auxiliary_model(real: tuple[Path,
     assert declared["server_broadcast"] == declared["client_update"] == (PROMPT,)
     assert len(declared["auxiliary_handout"]) > 10
     assert not any("soft_prompt" in text for text in declared["auxiliary_handout"])
+
+
+def test_weights_that_travel_beside_the_prompt_are_declared_by_both_sides(
+    tmp_path: Path, tiny_folder: Path
+) -> None:
+    link = federate(tmp_path, tiny_folder, lora=True)
+    report = audit(tmp_path)
+    assert (report.findings, report.agreed) == ((), len(link.seen))
+    weights = [text for text in report.declared["client_update"] if ".lora_" in text]
+    assert len(weights) > 1
 
 
 def test_clients_may_be_named_one_by_one_and_the_others_are_told_of(root: Path) -> None:

@@ -382,7 +382,7 @@ def test_an_unknown_key_in_a_file_is_refused(
         ("data.init_args.task.class_path", "fedsp.tasks.PromptCompletio", ["PromptCompletio"]),
         ("model.init_args.backbone.dtype", "float64", ["dtype", "float64"]),
         ("trainer.num_rounds", "many", ["trainer.num_rounds", "many"]),
-        ("trainer.communication.wire_dtype", "int8", ["trainer.communication.wire_dtype", "int8"]),
+        ("trainer.communication.wire_dtype", "int4", ["trainer.communication.wire_dtype", "int4"]),
         ("trainer.logger", ["fedsp.tracking.no_logger"], ["trainer.logger", "no_logger"]),
     ],
 )

@@ -6,7 +6,9 @@ import torch
 from fedsp.auxiliary import KeptLayers, SharedCell
 from fedsp.client import ClientModule
 from fedsp.messages import ServerBroadcast
+from fedsp.recipes import WholeModel
 from fedsp.stages import Stage
+from fedsp.tuned import LoRA
 from tiny import make_client, make_server
 
 
@@ -31,6 +33,19 @@ def test_an_untrained_client_returns_the_broadcast_bit_for_bit(tmp_path: Path) -
             update = client.update(client_id=1, num_examples=7)
             assert (update.round_idx, update.client_id, update.num_examples) == (3, 1, 7)
             assert torch.equal(update.payload["soft_prompt"], _broadcast().payload["soft_prompt"])
+
+
+def test_what_is_handed_out_does_not_hold_what_the_client_tunes_beside_it(tmp_path: Path) -> None:
+    server = make_server(tmp_path)
+    server.configure_model()
+    auxiliary = WholeModel().build(server.require_model()[0])
+    before = auxiliary.handout()
+    client = make_client(auxiliary=Stage(0))
+    client.install(auxiliary, num_virtual_tokens=4, tuned_weights=LoRA(rank=2))
+    assert all(".lora_" in name for name in client.weights())
+    after = client.require_model()[0].handout()
+    assert after.keys() == before.keys()
+    assert all(torch.equal(after[name], before[name]) for name in before)
 
 
 def test_layers_that_the_auxiliary_lacks_keep_the_servers_values(tmp_path: Path) -> None:

@@ -183,6 +183,17 @@ def test_ssh_keygen_derives_the_public_node_key_of_384_bits(client):
     check_client(client, ADDRESS)
 
 
+@pytest.mark.skipif(not shutil.which("ssh-keygen"), reason="needs the ssh-keygen program")
+def test_a_node_key_that_the_partner_made_with_ssh_keygen_passes(client):
+    (client / "node.key").unlink()
+    make = ["ssh-keygen", "-q", "-t", "ecdsa", "-b", "384", "-N", "", "-f", client / "node.key"]
+    subprocess.run(make, check=True)
+    with pytest.raises(CredentialError, match=r"node\.pub does not belong to node\.key beside it"):
+        check_client(client, ADDRESS)
+    (client / "node.key.pub").rename(client / "node.pub")
+    check_client(client, ADDRESS)
+
+
 def test_private_keys_are_the_owners_alone_and_nothing_else_is_written(authority, server, client):
     modes = {
         str(path.relative_to(path.parents[1])): path.stat().st_mode & 0o777

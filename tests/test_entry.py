@@ -7,11 +7,13 @@ from importlib.metadata import entry_points, version
 
 import pytest
 
+from fedsp import federation_commands
 from fedsp.__main__ import HELP
 from fedsp.cli import SUBCOMMANDS, FederatedCLI, chat
 from fedsp.report_commands import COMMANDS
 from fedsp.trainer import FederatedTrainer
 
+FEDERATION = federation_commands.COMMANDS
 HEAVY = ("torch", "lightning", "transformers", "datasets", "peft", "wandb", "numpy", "jsonargparse")
 
 
@@ -44,6 +46,7 @@ def test_the_version_is_the_packages() -> None:
 def test_help_lists_exactly_the_commands_with_their_own_words() -> None:
     listed = dict(re.findall(r"^  (\w+) {2,}(.*)$", HELP, re.MULTILINE))
     assert listed.pop("chat") == (chat.__doc__ or "").splitlines()[0]
+    assert listed.pop("federation") == (federation_commands.main.__doc__ or "").splitlines()[0]
     assert tuple(FederatedCLI.subcommands()) == SUBCOMMANDS
     assert tuple(listed) == (*SUBCOMMANDS, *COMMANDS)
     assert "{" + ",".join(SUBCOMMANDS) + "}" in HELP
@@ -52,9 +55,9 @@ def test_help_lists_exactly_the_commands_with_their_own_words() -> None:
         assert command.__doc__.splitlines()[0] == line
 
 
-@pytest.mark.parametrize("name", COMMANDS)
-def test_commands_without_a_model_explain_themselves_at_once(name: str) -> None:
-    process = _run(name, "--help")
+@pytest.mark.parametrize("name", [*COMMANDS, *map("federation {}".format, FEDERATION)])
+def test_commands_explain_themselves_at_once(name: str) -> None:
+    process = _run(*name.split(), "--help")
     assert process.stdout.startswith(f"usage: fedsp {name} ")
     assert process.stderr.splitlines()[-1] == "[]"
 

@@ -177,12 +177,13 @@ def test_a_number_of_examples_out_of_range_is_refused_at_the_sender(number):
 
 def test_an_unknown_wire_dtype_is_refused():
     wanted = (
-        "`trainer.communication.wire_dtype` must be one of float32, float16, bfloat16, got 'int8'"
+        "`trainer.communication.wire_dtype` must be one of float32, float16, bfloat16, int8, "
+        "got 'int4'"
     )
     with pytest.raises(ValueError, match=wanted):
-        encode(update(), "int8")
+        encode(update(), "int4")
     with pytest.raises(ValueError, match=wanted):
-        Contract({"soft_prompt": SHAPE}, "int8", None)
+        Contract({"soft_prompt": SHAPE}, "int4", None)
 
 
 @pytest.mark.parametrize("norm", [0.0, -1.0, math.nan])

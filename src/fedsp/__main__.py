@@ -25,7 +25,7 @@ commands:
   report    Write one HTML page about a run, or about several beside each other.
   compare   Run methods with seeds, one after the other, and compare them; goes on where it stopped.
   audit     Check by the ledgers, of one side or of both, that only declared payloads travelled.
-  federation  A live federation of separate machines: its folder, its server, its clients.
+  federation  Run a live federation of separate machines: its folder, its server, its clients.
 
   fedsp COMMAND --help           every option with its meaning and default
   fedsp COMMAND --print_config   the configuration that would run

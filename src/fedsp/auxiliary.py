@@ -53,6 +53,11 @@ class Auxiliary(nn.Module):
         self._trainable_names = tuple(
             name for name, p in backbone.model.named_parameters() if p.requires_grad
         )
+        self._handout: dict[str, Tensor] = {}
+
+    def seal(self) -> None:
+        """Hand out the tensors of now, whatever a client puts into the model beside them."""
+        self._handout = self.handout_tensors()
 
     def leave_out(self, tuned: Collection[nn.Parameter]) -> None:
         """Take what travels out of what the auxiliary stage trains and the client keeps.
@@ -75,8 +80,14 @@ class Auxiliary(nn.Module):
         return {name: parameters[name] for name in self._trainable_names}
 
     def rebuilt(self, backbone: Backbone) -> "Auxiliary":
-        """Return it over a model that was made from its own, such as a smaller one."""
-        return Auxiliary(backbone, self.slots, self.sources, self._global_num_parameters)
+        """Return it over a model that was made from its own; what was left out stays so by name."""
+        other = Auxiliary(backbone, self.slots, self.sources, self._global_num_parameters)
+        named = self.backbone.model.named_parameters()
+        left_out = {name for name, p in named if p.requires_grad} - set(self._trainable_names)
+        other._trainable_names = tuple(
+            name for name in other._trainable_names if name not in left_out
+        )
+        return other
 
     def duplicate(self) -> "Auxiliary":
         """Return a copy with parameters of its own; those of the global model stay shared."""
@@ -121,6 +132,8 @@ class Auxiliary(nn.Module):
 
         A trimmed vocabulary's two maps are among it; those of `trainable()` have the same names.
         """
+        if self._handout:
+            return self._handout
         model = self.backbone.model
         saved = model.state_dict(keep_vars=True).keys()
         buffers = {name: buffer for name, buffer in model.named_buffers() if name in saved}

@@ -105,6 +105,7 @@ class ClientModule(LightningModule):
             ValueError: If the model has no such weights, or only such as it must not train.
         """
         self.auxiliary = auxiliary
+        auxiliary.seal()
         if tuned_weights is not None:
             self._weights = tuned_weights.select(auxiliary.backbone, auxiliary.sources, seed)
             auxiliary.leave_out(self._weights.values())

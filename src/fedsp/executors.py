@@ -3,7 +3,7 @@
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from lightning.fabric import Fabric
@@ -13,7 +13,16 @@ from fedsp.client import ClientModule
 from fedsp.client_state import ClientStateStore
 from fedsp.data import FederatedDataModule
 from fedsp.ledger import Ledger, digest
-from fedsp.messages import Contract, check_sent, decode_broadcast, encode, encode_handout
+from fedsp.messages import (
+    ClientUpdate,
+    Contract,
+    check_sent,
+    decode_broadcast,
+    encode,
+    encode_handout,
+)
+from fedsp.number_formats import rounded
+from fedsp.payload import Payload, add, subtract
 from fedsp.phases import Batches, ClientTurn, StageResult, train_client
 
 
@@ -163,7 +172,10 @@ class InProcessExecutor(Executor):
 
         turn = ClientTurn(client_id, round_idx, shared.seed, shared.participations, loader)
         results, training = train_client(shared.fabric, client, kept["training"], turn)
+        update = client.update(client_id, shared.data.client_num_examples(client_id))
+        update, residual = self._compensated(update, kept.get("residual", {}))
         state = {"model": client.private_state(), "training": training}
+        state |= {"residual": residual} if residual else {}
         losses = [result.loss for result in results.values()]
         # a client that diverged starts its next turn from where it was; the last step may diverge
         # after the last loss
@@ -171,10 +183,20 @@ class InProcessExecutor(Executor):
             shared.store.put(client_id, round_idx, state)
         if client.privacy is not None:
             shared.store.count_answer(client_id)
-        update = client.update(client_id, shared.data.client_num_examples(client_id))
         data = encode(update, shared.contract.wire_dtype)
         check_sent(data, shared.contract, round_idx=round_idx, client_id=client_id)
         return Reply(client_id, data, results)
+
+    def _compensated(self, update: ClientUpdate, residual: Payload) -> tuple[ClientUpdate, Payload]:
+        """Add to an update what rounding took off the last one; return what it will take off now.
+
+        Source: Seide et al. 2014 (error feedback for 1-bit SGD). Only int8 rounds coarsely enough.
+        """
+        wire_dtype = self.simulation.contract.wire_dtype
+        if wire_dtype != "int8":
+            return update, {}
+        payload = add(update.payload, residual) if residual else update.payload
+        return replace(update, payload=payload), subtract(payload, rounded(payload, wire_dtype))
 
     def within_budget(self, cohort: Sequence[int]) -> list[int]:
         """Return the clients that may still answer; the others sit the round out."""

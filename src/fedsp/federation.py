@@ -5,7 +5,7 @@ import time
 from collections.abc import Callable, Container, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, Literal
+from typing import Any
 
 from lightning.fabric import Fabric
 
@@ -22,6 +22,7 @@ from fedsp.messages import (
     decode_update,
     encode,
 )
+from fedsp.number_formats import WireDtype
 from fedsp.payload import Payload, add, shapes_of, subtract
 from fedsp.phases import Optimization, StageResult, train_server
 from fedsp.privacy import CentralPrivacy
@@ -32,8 +33,9 @@ from fedsp.server import ServerModule
 class Communication:
     """What travels, and what is done with it."""
 
-    wire_dtype: Literal["float32", "float16", "bfloat16"] = "float32"
-    """Number format of a prompt on its way, in both directions."""
+    wire_dtype: WireDtype = "float32"
+    """Number format of a prompt on its way, in both directions. int8 has a scale a row, and a
+    client adds to each update what rounding took off its last one."""
     max_update_norm: float | None = None
     """Largest L2 norm of (update - broadcast); larger updates are rejected. null takes any."""
     min_updates: int = 1

@@ -133,7 +133,9 @@ COMMANDS: dict[str, Callable[[Sequence[str]], None]] = {
 
 
 def main(arguments: Sequence[str]) -> None:
-    """Run one of `COMMANDS`; errors that the user can mend are one line, as with `fedsp fit`.
+    """Run a live federation of separate machines: its folder, its server, its clients.
+
+    Errors that the user can mend are one line, as with `fedsp fit`.
 
     Args:
         arguments: The command line after `fedsp federation`.

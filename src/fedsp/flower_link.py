@@ -36,6 +36,9 @@ from flwr.supercore.constant import (
     TaskType,
 )
 from flwr.supercore.heartbeat import HeartbeatSender
+from flwr.supercore.inflatable.inflatable_object import iterate_object_tree
+from flwr.supercore.inflatable.inflatable_utils import inflate_object_from_contents
+from flwr.supercore.object_store import NoObjectInStoreError
 from flwr.supercore.primitives.asymmetric import public_key_to_bytes
 from flwr.supercore.task_identity import TaskIdentity
 from flwr.superlink.cli.flower_superlink import SuperLinkLifespan
@@ -111,7 +114,7 @@ class FlowerLink:
             FederationError: If the port is taken or the server does not start.
         """
         self._tell = tell
-        _log_to(folder / "flower" / "superlink.log")
+        self._log = _log_to(folder / "flower" / "superlink.log")
         bound = _bind(address)
         try:
             self._start(folder, bound, parties)
@@ -133,6 +136,7 @@ class FlowerLink:
             ssl_certfile=folder / "server.crt",
             log_config=None,
             access_log=False,
+            ws="none",  # Flower has no use for web sockets
             proxy_headers=False,  # nobody else may say where a request comes from
             server_header=False,
         )
@@ -176,6 +180,7 @@ class FlowerLink:
         }
         self._state.delete_messages(message_ins_ids=stale)
         for message_id in stale:
+            self._state.object_store.delete(message_id)
             del self._party_of[message_id]
 
     def receive(self, seconds: float) -> list[tuple[str, Record]]:
@@ -189,28 +194,57 @@ class FlowerLink:
             time.sleep(min(POLL_SECONDS, left))
 
     def _pull(self) -> list[tuple[str, Record]]:
-        if not self._party_of:
-            return []
+        """Take the answers that have come as a whole.
+
+        They are read where Flower keeps them: its grid waits for one that is still on its way, and
+        gives an error in the place of one whose sender has left.
+        """
         came = []
-        for reply in self._grid.pull_messages([*self._party_of]):
-            party = self._party_of.pop(reply.metadata.reply_to_message_id, None)
-            if party is None or reply.has_error():
-                continue  # it went away before it answered
+        for message_id, party in [*self._party_of.items()]:
+            reply_id = self._state.message_ins_id_to_message_res_id.get(message_id)
+            contents = {} if reply_id is None else self._contents(reply_id)
+            if not contents:
+                continue
+            # Flower does not compare a reply's sender with the key that signed it: a party is known
+            # by the message's id, a checksum of what only this party was sent
+            del self._party_of[message_id]
+            self._state.delete_messages(message_ins_ids={message_id})
+            self._state.object_store.delete(reply_id)
             try:
+                reply: Any = inflate_object_from_contents(reply_id, contents)
                 came.append((party, unpack_record(reply.content)))
             except MessageError as error:
                 self._tell(f"{party}: {error}")
+            except Exception as error:
+                # Flower checks nothing of what a party sends, and fails in many ways over it
+                self._tell(f"{party}: an answer that Flower cannot read: {error!r:.200}")
         return came
+
+    def _contents(self, reply_id: str) -> dict[str, bytes]:
+        """Return all objects of a reply; nothing where one is still on its way."""
+        try:
+            tree = self._state.object_store.get_object_tree(reply_id)
+        except NoObjectInStoreError:  # announced this very moment, or given up
+            return {}
+        contents = {}
+        for node in iterate_object_tree(tree):
+            # asked this way, Flower gives up what its sender did not finish
+            content = self._state.get_object(self._grid.run.run_id, node.object_id)
+            if not content:
+                return {}
+            contents[node.object_id] = content
+        return contents
 
     def close(self) -> None:
         """Close the port."""
         self._grid.stop()
         self._server.should_exit = True
         self._thread.join(timeout=10)
+        self._log.close()
 
 
 class _Runtime:
-    """Flower's Runtime API without a network: its handlers are called where they are."""
+    """What Flower's grid needs to push messages: handlers, called where they are."""
 
     def __init__(self, state: Any, task: Any) -> None:
         self._state, self._task = state, task
@@ -218,17 +252,8 @@ class _Runtime:
     def PushMessages(self, request: Any) -> Any:  # noqa: N802 - Flower's name
         return runtime_handlers.push_messages(request, self._state, self._task)
 
-    def PullMessages(self, request: Any) -> Any:  # noqa: N802
-        return runtime_handlers.pull_messages(request, self._state, self._task)
-
     def PushObject(self, request: Any) -> Any:  # noqa: N802
         return runtime_handlers.push_object(request, self._state, self._task)
-
-    def PullObject(self, request: Any) -> Any:  # noqa: N802
-        return runtime_handlers.pull_object(request, self._state, self._task)
-
-    def ConfirmMessageReceived(self, request: Any) -> Any:  # noqa: N802
-        return runtime_handlers.confirm_message_received(request, self._state, self._task)
 
 
 class _LocalGrid(HttpGrid):
@@ -255,14 +280,16 @@ class _LocalGrid(HttpGrid):
         self._life.stop()
 
 
-def _log_to(path: Path) -> None:
-    """Keep what Flower says of its own work out of the terminal."""
+def _log_to(path: Path) -> logging.Handler:
+    """Keep what Flower says of its own work out of the terminal, and every poll out of the log."""
     path.parent.mkdir(exist_ok=True)
     file = logging.FileHandler(path)
+    file.setLevel(logging.INFO)
     file.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
     for name in ("flwr", "uvicorn"):
         logger = logging.getLogger(name)
         logger.handlers, logger.propagate = [file], False
+    return file
 
 
 def _bind(address: Address) -> socket.socket:

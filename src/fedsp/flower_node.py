@@ -39,6 +39,8 @@ from flwr.supercore.inflatable.inflatable_protobuf_utils import (
     make_push_object_fn_protobuf,
 )
 from flwr.supercore.inflatable.inflatable_utils import (
+    ObjectPullError,
+    ObjectPushError,
     pull_and_inflate_object_from_tree,
     push_objects,
 )
@@ -67,7 +69,7 @@ def _losing(address: Address) -> Iterator[None]:
     """Take every failure on the way for the end of the session: the server asks again."""
     try:
         yield
-    except (httpx.HTTPError, RuntimeError, KeyError) as error:
+    except (httpx.HTTPError, ObjectPullError, ObjectPushError, RuntimeError, KeyError) as error:
         raise _Lost(f"the connection to {address} broke ({error})") from error
 
 

@@ -10,11 +10,12 @@ Axis letters: L layers, K key/value heads, P virtual tokens, D head size.
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from fedsp.number_formats import WireDtype, from_wire, to_wire, wire_entries
 from fedsp.payload import SOFT_PROMPT, Payload, Shapes, norm, subtract
 from fedsp.tensor_files import (
     Buffer,
@@ -29,13 +30,6 @@ from fedsp.tensor_files import (
 MESSAGE_VERSION = "1"
 MAX_OVERHEAD_BYTES = 1024
 
-WireDtype = Literal["float32", "float16", "bfloat16"]
-
-_WIRE_DTYPES = {
-    "float32": torch.float32,
-    "float16": torch.float16,
-    "bfloat16": torch.bfloat16,
-}
 _NUMBERS = {
     "server_broadcast": ("round_idx",),
     "client_update": ("round_idx", "client_id", "num_examples"),
@@ -118,7 +112,7 @@ class Contract:
         Raises:
             ValueError: If one of them is out of range.
         """
-        _torch_dtype(self.wire_dtype)
+        wire_entries(self.shapes, self.wire_dtype)
         shape = self.shapes.get(SOFT_PROMPT, (0, 2, 0, 0, 0))
         if len(shape) != 5 or min(shape) < 0 or shape[1] != 2:
             raise ValueError(f"a soft prompt has the shape (L, 2, K, P, D), got {shape}")
@@ -141,8 +135,8 @@ class Contract:
 
     def describe(self) -> list[dict[str, Any]]:
         """Say of the payload's tensors what `messages.describe` says of those in a message."""
-        dtype = _torch_dtype(self.wire_dtype)
-        return [_entry(name, shape, dtype) for name, shape in sorted(self.shapes.items())]
+        entries = wire_entries(self.shapes, self.wire_dtype)
+        return [_entry(name, *entry) for name, entry in sorted(entries.items())]
 
 
 def encode(message: ServerBroadcast | ClientUpdate, wire_dtype: WireDtype) -> bytes:
@@ -161,7 +155,7 @@ def encode(message: ServerBroadcast | ClientUpdate, wire_dtype: WireDtype) -> by
             finite, or a number of the message is out of range. An update that is not finite
             passes: its receiver counts and rejects it.
     """
-    dtype = _torch_dtype(wire_dtype)
+    wire_entries({}, wire_dtype)
     numbers = {"round_idx": message.round_idx}
     kind = "server_broadcast"
     if isinstance(message, ClientUpdate):
@@ -176,7 +170,7 @@ def encode(message: ServerBroadcast | ClientUpdate, wire_dtype: WireDtype) -> by
             f"what the server tunes holds NaN or infinity in round {message.round_idx}; "
             "lower the learning rate or set `gradient_clip_norm`"
         )
-    wire = {name: tensor.detach().to("cpu", dtype) for name, tensor in message.payload.items()}
+    wire = to_wire(message.payload, wire_dtype)
     for name, tensor in message.payload.items():
         _check_range(name, tensor.detach(), wire[name], wire_dtype)
     return pack_tensors(wire, metadata)
@@ -354,15 +348,6 @@ def _entry(name: str, shape: Sequence[int], dtype: torch.dtype) -> dict[str, Any
     return {"name": name, "shape": list(shape), "dtype": dtype_name(dtype)}
 
 
-def _torch_dtype(wire_dtype: str) -> torch.dtype:
-    if wire_dtype not in _WIRE_DTYPES:
-        wanted = ", ".join(_WIRE_DTYPES)
-        raise ValueError(
-            f"`trainer.communication.wire_dtype` must be one of {wanted}, got {wire_dtype!r}"
-        )
-    return _WIRE_DTYPES[wire_dtype]
-
-
 def _is_finite(payload: Payload) -> bool:
     return all(bool(torch.isfinite(tensor).all()) for tensor in payload.values())
 
@@ -391,15 +376,17 @@ def _check_payload(
     for name, number in wanted.items():
         if numbers[name] != number:
             raise MessageError(f"{kind}: expected {name} {number}, got {numbers[name]}")
-    _check_names(header, contract.shapes, kind)
-    dtype = _torch_dtype(contract.wire_dtype)
-    for name, shape in contract.shapes.items():
-        _check_entry(header, name, shape, dtype, kind)
+    entries = wire_entries(contract.shapes, contract.wire_dtype)
+    _check_names(header, entries, kind)
+    for name, entry in entries.items():
+        _check_entry(header, name, entry.shape, entry.dtype, kind)
     return header, numbers
 
 
 def _read_payload(data: Buffer, contract: Contract, header: Header) -> Payload:
-    return {name: read_tensor(data, header, name).float() for name in contract.shapes}
+    names = wire_entries(contract.shapes, contract.wire_dtype)
+    wire = {name: read_tensor(data, header, name) for name in names}
+    return from_wire(wire, contract.wire_dtype)
 
 
 def _check_size(data: Buffer, low: int, high: int, kind: str) -> None:

@@ -311,8 +311,6 @@ def open_federation(trainer: Any, client: ClientModule) -> Federation:
     trainer.call("on_distillation_end", made.before, made.after, made.cached)
     server.start_tuning(made.auxiliary)
     trainer.fabric.to_device(server)
-    contract = trainer.rules.contract(server.payload())
-    trainer.ledger.declare(contract, made.auxiliary.handout_tensors())
     install(trainer, client, made.auxiliary)
     if trainer.rules.privacy is not None:
         trainer.rules.privacy.start(
@@ -321,6 +319,8 @@ def open_federation(trainer: Any, client: ClientModule) -> Federation:
             Ranks(trainer.fabric),
             trainer.folder.privacy_budget,
         )
+    contract = trainer.rules.contract(server.payload())
+    trainer.ledger.declare(contract, made.auxiliary.handout_tensors())
     return Federation(
         trainer.fabric,
         server,

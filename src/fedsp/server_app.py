@@ -35,6 +35,7 @@ def run_server(run: "FederatedCLI", folder: Path, settings: FederationSettings) 
             "`fedsp federation server` trains in one process: `trainer.devices` and "
             f"`trainer.num_nodes` must be 1, got {trainer.fabric.world_size} processes."
         )
+    trainer.folder.path.mkdir(parents=True, exist_ok=True)  # where there was none, all starts anew
     tell = partial(print, flush=True)
     link = FlowerLink(folder, settings.meeting_point, settings.parties, tell)
     try:
