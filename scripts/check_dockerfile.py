@@ -283,6 +283,7 @@ def check_federation(image: Image, folder: Path) -> None:
     shutil.chown(root, *map(int, image.user.split(":")))
     for place in ("federation", "cache"):
         (image.root / place).mkdir(exist_ok=True)
+    (image.root / "etc/hosts").touch()  # an engine makes it
     config = next(image.root.glob("opt/fedsp/lib/*/site-packages/fedsp/configs/federation.yaml"))
     whole = [Mount(root, "/federation", True)]
     init = ["federation", "init", "/federation/new", "--address", "server:8443"]
@@ -297,7 +298,9 @@ def check_federation(image: Image, folder: Path) -> None:
         name: start_service(image, made, name, service) for name, service in services.items()
     }
     try:
-        wait_until_healthy(image, made, services["server"])
+        while running["server"].poll() is None and not is_healthy(image, made, services["server"]):
+            time.sleep(1)
+        print(f"server: {'healthy' if running['server'].poll() is None else 'ended'}", flush=True)
         for name, process in running.items():
             status = process.wait(timeout=SECONDS)
             print(f"{name}: exit status {status}", flush=True)
@@ -338,16 +341,11 @@ def start_service(
         return start(command, log)
 
 
-def wait_until_healthy(image: Image, made: Path, service: Mapping[str, Any]) -> None:
-    """Repeat the server's health check until it passes."""
-    kind, *words = service["healthcheck"]["test"]
+def is_healthy(image: Image, made: Path, service: Mapping[str, Any]) -> bool:
+    """Ask as an engine does; the same network, so the port is the server's."""
+    words = service["healthcheck"]["test"][1:]
     command = inside(image, words, service_mounts(made, "server", service), sealed=True)
-    deadline = time.monotonic() + SECONDS
-    while subprocess.run(command, capture_output=True, check=False).returncode or kind != "CMD":
-        if time.monotonic() > deadline:
-            sys.exit("the server's health check never passed")
-        time.sleep(1)
-    print("server: healthy", flush=True)
+    return subprocess.run(command, capture_output=True, check=False).returncode == 0
 
 
 def size_mb(folder: Path) -> int:
