@@ -42,7 +42,7 @@ from fedsp.messages import (
 from fedsp.payload import Payload
 
 SHAPES = {"soft_prompt": (2, 2, 1, 3, 4), "layers.0.lora_A": (3, 5)}
-WIRE_DTYPES = ("float32", "float16", "bfloat16")
+WIRE_DTYPES = ("float32", "float16", "bfloat16", "int8")
 ROUND, CLIENT, MAX_NORM = 5, 3, 4.0
 LIMIT_SECONDS = 10  # of one input; the alarm counts as a crash
 INPUTS_AN_EXAMPLE = 20  # hypothesis takes several ms for each example
@@ -123,8 +123,14 @@ def objection(reader: str, data: bytes, came: Any) -> str:
     return _payload_objection(came, there)
 
 
+def _number(there: Mapping[str, torch.Tensor], name: str) -> torch.Tensor:
+    """Return what a tensor stands for, which in 8 bits is a multiple of its row's scale."""
+    scale = there.get(f"{name}/scale")
+    return there[name].float() if scale is None else there[name].float() * scale.unsqueeze(-1)
+
+
 def _payload_objection(came: Any, there: Mapping[str, torch.Tensor]) -> str:
-    expected = {name: tensor.float() for name, tensor in there.items()}
+    expected = {name: _number(there, name) for name in there if not name.endswith("/scale")}
     if came.round_idx != ROUND:
         return "another round"
     if not _same(came.payload, expected, values=True):

@@ -1,15 +1,19 @@
 """The server of a live federation: the trainer's loop, whose clients are behind Flower."""
 
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from fedsp.auxiliary import Auxiliary
 from fedsp.client import ClientModule
+from fedsp.executors import Executor
 from fedsp.federation_settings import FederationSettings
 from fedsp.flower_link import FlowerLink
 from fedsp.messages import encode_handout
-from fedsp.opening import participations
+from fedsp.opening import launch, participations
+from fedsp.ranks import Ranks
+from fedsp.relay import RelayExecutor
 from fedsp.remote import Deal, Link, RemoteExecutor
 from fedsp.terms import terms
 
@@ -30,30 +34,43 @@ def run_server(run: "FederatedCLI", folder: Path, settings: FederationSettings) 
         ValueError: If a setting is wrong.
     """
     trainer: Any = run.trainer
-    if trainer.fabric.world_size > 1:
-        raise ValueError(
-            "`fedsp federation server` trains in one process: `trainer.devices` and "
-            f"`trainer.num_nodes` must be 1, got {trainer.fabric.world_size} processes."
-        )
     trainer.folder.path.mkdir(parents=True, exist_ok=True)  # where there was none, all starts anew
+    launch(trainer.fabric)
+    if not trainer.fabric.is_global_zero:
+        trainer.make_executor = _relayed
+        trainer.fit(run.model, run.client, run.datamodule, ckpt_path="last")
+        return
     tell = partial(print, flush=True)
     link = FlowerLink(folder, settings.meeting_point, settings.parties, tell)
+    clients: list[RemoteExecutor] = []
+
+    def make(trainer: Any, client: ClientModule, auxiliary: Auxiliary) -> Executor:
+        clients.append(_remote(trainer, auxiliary, link, settings, tell))
+        return _relayed(trainer, client, auxiliary, clients[-1])
+
     try:
-        trainer.make_executor = partial(_executor, link=link, settings=settings, tell=tell)
+        trainer.make_executor = make
         trainer.fit(run.model, run.client, run.datamodule, ckpt_path="last")
-        trainer.federation.executor.finish()
+        for executor in clients:
+            executor.finish()
     finally:
         link.close()
 
 
-def _executor(
+def _relayed(
+    trainer: Any, client: ClientModule, auxiliary: Auxiliary, first: Executor | None = None
+) -> Executor:
+    """Return what talks to the clients, or hears of them from the first of several processes."""
+    ranks = Ranks(trainer.fabric)
+    return first if first is not None and ranks.size == 1 else RelayExecutor(first, ranks)
+
+
+def _remote(
     trainer: Any,
-    client: ClientModule,
     auxiliary: Auxiliary,
-    *,
     link: Link,
     settings: FederationSettings,
-    tell: Any,
+    tell: Callable[[str], None],
 ) -> RemoteExecutor:
     deal = Deal(
         parties=settings.parties,
