@@ -16,6 +16,7 @@ import os
 import re
 import shlex
 import shutil
+import signal
 import subprocess
 import sys
 import time
@@ -23,7 +24,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from string import Template
-from typing import Any
+from typing import IO, Any
 
 import yaml
 
@@ -31,6 +32,7 @@ ROOT = Path(__file__).parents[1]
 BASE = "python:3.11-slim"
 PACKAGES = {"alpha": "datasets", "beta": "numpy", "gamma": "torchmetrics"}
 SECONDS = 900
+FEWER_STEPS = ("--model.initial_distillation.stage.steps", "20")
 # what an engine gives every container, and a clean root lacks
 ENVIRONMENT = {"PATH": "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"}
 WITHOUT_RIGHTS = ("--clear-groups", "--bounding-set=-all", "--inh-caps=-all", "--no-new-privs")
@@ -126,8 +128,33 @@ def inside(
     settings = [f"{name}={value}" for name, value in image.environment.items()]
     program = [*rights, "env", "-i", f"--chdir={image.workdir}", *settings, *words]
     script.append(f"exec chroot {root} {shlex.join(program)}")
-    namespaces = ["unshare", "--mount", "--pid", "--fork", "--kill-child"]
-    return [*namespaces, "sh", "-c", "\n".join(script)]
+    return ["unshare", "--mount", "--pid", "--fork", "sh", "-c", "\n".join(script)]
+
+
+def start(command: Sequence[str], log: IO[bytes] | None = None) -> "subprocess.Popen[bytes]":
+    """Start a command that `end` can end, whatever it has started."""
+    return subprocess.Popen(command, stdout=log, stderr=log, start_new_session=True)
+
+
+def end(process: "subprocess.Popen[bytes]") -> None:
+    """End a command, if it runs."""
+    if process.poll() is None:
+        os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
+
+
+def run(command: Sequence[str]) -> None:
+    """Run a command that has to succeed.
+
+    Raises:
+        SystemExit: If it does not, or takes too long.
+    """
+    process = start(command)
+    try:
+        if status := process.wait(timeout=SECONDS):
+            sys.exit(f"exit status {status}")
+    finally:
+        end(process)
 
 
 class Builder:
@@ -199,7 +226,7 @@ class Builder:
         """RUN sees arguments, and what pip has to know of this machine; the image keeps neither."""
         settings = {**image.environment, **image.arguments, **self.pip}
         step = Image(image.root, settings, workdir=image.workdir, user=image.user)
-        subprocess.run(inside(step, ["sh", "-c", text], self.mounts), check=True)
+        run(inside(step, ["sh", "-c", text], self.mounts))
 
     def _copy(self, image: Image, words: list[str]) -> None:
         stage = words.pop(0).removeprefix("--from=") if words[0].startswith("--from=") else None
@@ -240,11 +267,10 @@ def check_program(image: Image, folder: Path) -> None:
     fedsp = image.entrypoint
     config = next(image.root.glob("opt/fedsp/lib/*/site-packages/fedsp/configs/quickstart.yaml"))
     fit = ["fit", "--config", f"/{config.relative_to(image.root)}", "--trainer.callbacks", "null"]
-    fit += ["--trainer.num_rounds", "1", "--trainer.run_dir", "/runs/quickstart"]
+    fit += ["--trainer.num_rounds", "1", "--trainer.run_dir", "/runs/quickstart", *FEWER_STEPS]
     for words in ([*fedsp, *image.programs["CMD"]], image.programs["HEALTHCHECK"], [*fedsp, *fit]):
         print("+", shlex.join(words), flush=True)
-        command = inside(image, words, [Mount(runs, "/runs", True)], sealed=True)
-        subprocess.run(command, check=True, timeout=SECONDS)
+        run(inside(image, words, [Mount(runs, "/runs", True)], sealed=True))
     if not (runs / "quickstart" / "results.json").is_file():
         sys.exit("the quickstart left no results.json")
 
@@ -257,20 +283,24 @@ def check_federation(image: Image, folder: Path) -> None:
     shutil.chown(root, *map(int, image.user.split(":")))
     for place in ("federation", "cache"):
         (image.root / place).mkdir(exist_ok=True)
+    (image.root / "etc/hosts").touch()  # an engine makes it
     config = next(image.root.glob("opt/fedsp/lib/*/site-packages/fedsp/configs/federation.yaml"))
     whole = [Mount(root, "/federation", True)]
     init = ["federation", "init", "/federation/new", "--address", "server:8443"]
     init += ["--config", f"/{config.relative_to(image.root)}", "--clients", *PACKAGES]
-    init += ["--trainer.num_rounds", "1"]
-    command = inside(image, [*image.entrypoint, *init], whole, sealed=True)
-    subprocess.run(command, check=True, timeout=SECONDS)
+    init += ["--trainer.num_rounds", "1", *FEWER_STEPS]
+    run(inside(image, [*image.entrypoint, *init], whole, sealed=True))
     made = root / "new"
     if (made / "compose.yaml").read_text() != (ROOT / "compose.yaml").read_text():
         sys.exit("`fedsp federation init` writes another compose.yaml than the checkout's")
     services = yaml.safe_load((made / "compose.yaml").read_text())["services"]
-    running = {name: start(image, made, name, service) for name, service in services.items()}
+    running = {
+        name: start_service(image, made, name, service) for name, service in services.items()
+    }
     try:
-        wait_until_healthy(image, made, services["server"])
+        while running["server"].poll() is None and not is_healthy(image, made, services["server"]):
+            time.sleep(1)
+        print(f"server: {'healthy' if running['server'].poll() is None else 'ended'}", flush=True)
         for name, process in running.items():
             status = process.wait(timeout=SECONDS)
             print(f"{name}: exit status {status}", flush=True)
@@ -278,9 +308,8 @@ def check_federation(image: Image, folder: Path) -> None:
                 sys.exit((root / f"{name}.log").read_text())
     finally:
         for process in running.values():
-            process.kill()
-    audit = inside(image, [*image.entrypoint, "audit", "/federation/new"], whole, sealed=True)
-    subprocess.run(audit, check=True, timeout=SECONDS)
+            end(process)
+    run(inside(image, [*image.entrypoint, "audit", "/federation/new"], whole, sealed=True))
 
 
 def service_mounts(made: Path, name: str, service: Mapping[str, Any]) -> list[Mount]:
@@ -297,7 +326,7 @@ def service_mounts(made: Path, name: str, service: Mapping[str, Any]) -> list[Mo
     return mounts
 
 
-def start(
+def start_service(
     image: Image, made: Path, name: str, service: Mapping[str, Any]
 ) -> "subprocess.Popen[bytes]":
     """Start a service; what it says goes to a log of its own."""
@@ -308,20 +337,15 @@ def start(
         words += [f"{source}=fedsp.sources.Docstrings", f"{source}.packages=[{PACKAGES[party]}]"]
         words += [f"{source}.max_rows_per_package=300"]
     command = inside(image, words, service_mounts(made, name, service), sealed=True)
-    log = (made.parent / f"{name}.log").open("wb")
-    return subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT)
+    with (made.parent / f"{name}.log").open("wb") as log:
+        return start(command, log)
 
 
-def wait_until_healthy(image: Image, made: Path, service: Mapping[str, Any]) -> None:
-    """Repeat the server's health check until it passes."""
-    kind, *words = service["healthcheck"]["test"]
+def is_healthy(image: Image, made: Path, service: Mapping[str, Any]) -> bool:
+    """Ask as an engine does; the same network, so the port is the server's."""
+    words = service["healthcheck"]["test"][1:]
     command = inside(image, words, service_mounts(made, "server", service), sealed=True)
-    deadline = time.monotonic() + SECONDS
-    while subprocess.run(command, capture_output=True, check=False).returncode or kind != "CMD":
-        if time.monotonic() > deadline:
-            sys.exit("the server's health check never passed")
-        time.sleep(1)
-    print("server: healthy", flush=True)
+    return subprocess.run(command, capture_output=True, check=False).returncode == 0
 
 
 def size_mb(folder: Path) -> int:
@@ -344,6 +368,7 @@ def main() -> None:
     image = Builder(folder, base, given.wheels).build(
         read_dockerfile((ROOT / "Dockerfile").read_text())
     )
+    image.environment["OMP_NUM_THREADS"] = "1"  # as for four programs on one machine
     print(f"image: {size_mb(image.root)} MB, {size_mb(base)} MB of them the base", flush=True)
     check_program(image, folder)
     check_federation(image, folder)

@@ -10,7 +10,7 @@ import signal
 import subprocess
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -184,15 +184,17 @@ def server_script() -> list[str]:
 @contextmanager
 def server_pod(folder: Path, fedsp: str) -> Iterator["subprocess.Popen[str]"]:
     environment = with_programs(folder / "bin", fedsp=f"#!/usr/bin/env bash\n{fedsp}\n")
+    words = server_script()
     process = subprocess.Popen(
-        server_script(), env=environment, stdout=subprocess.PIPE, text=True, start_new_session=True
+        words, env=environment, stdout=subprocess.PIPE, text=True, start_new_session=True
     )
-    try:
-        yield process
-    finally:
-        if process.poll() is None:
-            os.killpg(process.pid, signal.SIGKILL)
-        process.communicate()
+    with process:
+        try:
+            yield process
+        finally:
+            # also what the script left behind, as the end of a container does
+            with suppress(ProcessLookupError):
+                os.killpg(process.pid, signal.SIGKILL)
 
 
 def appears(path: Path) -> bool:
