@@ -100,7 +100,11 @@ def test_records_come_back_and_a_new_session_has_another_name(
 def test_what_was_not_fetched_is_withdrawn_when_there_is_something_newer(
     link: FlowerLink, root: Path, settings: FederationSettings
 ) -> None:
-    # nobody is there to fetch it
+    # it was there once, and is not there to fetch it
+    first = Client(root, settings, "gamma")
+    wait_for(link, "gamma")
+    exchange(link, "gamma", {"kind": "finish", "data": b""})
+    first.thread.join(30)
     link.send("gamma", {"kind": "round", "number": 1, "data": b""})
     link.send("gamma", {"kind": "finish", "number": 2, "data": b""})
     client = Client(root, settings, "gamma")

@@ -58,6 +58,7 @@ POLL_SECONDS = 0.2
 MAX_BODY_BYTES = 64 * 2**20
 _START_SECONDS = 60.0
 _TTL_SECONDS = 7 * 86400.0
+_LOGGERS = ("flwr", "uvicorn")
 
 Scope = MutableMapping[str, Any]
 Application = Callable[[Scope, Any, Any], Awaitable[None]]
@@ -114,12 +115,13 @@ class FlowerLink:
             FederationError: If the port is taken or the server does not start.
         """
         self._tell = tell
-        self._log = _log_to(folder / "flower" / "superlink.log")
         bound = _bind(address)
+        self._log = _log_to(folder / "flower" / "superlink.log")
         try:
             self._start(folder, bound, parties)
         except BaseException:
             bound.close()
+            _end_log(self._log)
             raise
         tell(f"listens at {address}")
 
@@ -240,7 +242,7 @@ class FlowerLink:
         self._grid.stop()
         self._server.should_exit = True
         self._thread.join(timeout=10)
-        self._log.close()
+        _end_log(self._log)
 
 
 class _Runtime:
@@ -286,10 +288,17 @@ def _log_to(path: Path) -> logging.Handler:
     file = logging.FileHandler(path)
     file.setLevel(logging.INFO)
     file.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
-    for name in ("flwr", "uvicorn"):
+    for name in _LOGGERS:
         logger = logging.getLogger(name)
         logger.handlers, logger.propagate = [file], False
     return file
+
+
+def _end_log(file: logging.Handler) -> None:
+    """Close the log; a handler that is still asked to write would open it again."""
+    for name in _LOGGERS:
+        logging.getLogger(name).removeHandler(file)
+    file.close()
 
 
 def _bind(address: Address) -> socket.socket:
