@@ -251,7 +251,8 @@ def make_base(folder: Path) -> Path:
     """Return a minimal Debian with Python, made anew only where there is none."""
     base = folder / "base"
     if not (base / "usr/local/bin/python").is_symlink():
-        packages = "--include=python3.11,python3.11-venv,ca-certificates"
+        # python3.11-venv wants python3-distutils by a name that debootstrap does not resolve
+        packages = "--include=python3.11,python3.11-venv,python3-distutils,ca-certificates"
         subprocess.run(["debootstrap", "--variant=minbase", packages, "bookworm", base], check=True)
         (base / "usr/local/bin/python").symlink_to("/usr/bin/python3.11")
     return base
