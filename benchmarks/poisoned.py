@@ -1,6 +1,6 @@
 """Poisoned clients against every aggregation rule, on the quickstart's model, text and clients.
 
-Run: OMP_NUM_THREADS=1 python benchmarks/poisoned.py [--poisoned 2] [--rounds 3] [--steps 20]
+Run: OMP_NUM_THREADS=1 python benchmarks/poisoned.py [--poisoned 2] [--rounds 3] [--steps 10]
 
 The first clients of ten train as they should, and then forge what they send: a valid message with
 the mirrored change, ten times the change, or noise. Every pair of rule and attack is one run of one
@@ -31,6 +31,7 @@ from fedsp.aggregation import (
     StreamingMean,
     TrimmedMean,
 )
+from fedsp.baseline import ServerOnlyBaseline
 from fedsp.callbacks import FederatedCallback
 from fedsp.cli import FederatedCLI
 from fedsp.client import ClientModule
@@ -195,7 +196,13 @@ def rules(num_poisoned: int, max_norm: float) -> dict[str, Aggregator]:
     }
 
 
-def run(name: str, aggregator: Aggregator, attack: Attack | None, settings: Settings) -> Outcome:
+def run(
+    name: str,
+    aggregator: Aggregator,
+    attack: Attack | None,
+    settings: Settings,
+    *callbacks: FederatedCallback,
+) -> Outcome:
     """Run the quickstart with one rule and one attack.
 
     Args:
@@ -203,6 +210,7 @@ def run(name: str, aggregator: Aggregator, attack: Attack | None, settings: Sett
         aggregator: The rule.
         attack: What poisoned clients send; None leaves all honest.
         settings: What the runs share.
+        callbacks: Of the run.
     """
     folder = settings.folder / name
     options = {
@@ -219,7 +227,7 @@ def run(name: str, aggregator: Aggregator, attack: Attack | None, settings: Sett
     trainer: Any = parts.trainer
     trainer.rules = replace(trainer.rules, aggregator=aggregator)
     lengths = HonestNorms()
-    trainer.callbacks.append(lengths)
+    trainer.callbacks += [lengths, *callbacks]
     client = PoisonedClient(
         attack or Scaled(1),
         range(settings.poisoned if attack else 0),
@@ -250,27 +258,28 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--poisoned", type=int, default=2, help="clients of ten that forge")
     parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--steps", type=int, default=20, help="of a client in a round")
+    parser.add_argument("--steps", type=int, default=10, help="of a client in a round")
     parser.add_argument("--server-steps", type=int, default=10, help="of the server in a round")
     parser.add_argument("--seed", type=int, default=0)
     arguments = parser.parse_args()
     started = time.perf_counter()
     with tempfile.TemporaryDirectory() as scratch:
         settings = Settings(folder=Path(scratch), **vars(arguments))
+        peace = run("peace", StreamingMean(), None, settings, ServerOnlyBaseline())
         # a server that clips knows from earlier rounds how far clients go
-        first = run("first", StreamingMean(), None, settings)
-        max_norm = round(statistics.median(first.norms), 1)
-        outcomes = {
-            rule: {
-                name: run(f"{rule} {name}", aggregator, attack, settings)
-                for name, attack in ATTACKS.items()
-            }
-            for rule, aggregator in rules(settings.poisoned, max_norm).items()
-        }
-    start, initial = first.results["selection"]["zero_shot"], first.results["selection"]
-    print(f"{arguments}, {torch.get_num_threads()} thread(s)")
-    print(f"{time.perf_counter() - started:.0f} s, changes clipped to {max_norm}")
-    print(json.dumps(initial), start)
+        max_norm = round(statistics.median(peace.norms), 1)
+        outcomes: dict[str, dict[str, Outcome]] = {}
+        for rule, aggregator in rules(settings.poisoned, max_norm).items():
+            for name, attack in ATTACKS.items():
+                outcome = run(f"{rule} {name}", aggregator, attack, settings)
+                print(f"{rule}, {name}: {outcome.last:.3f} {outcome.test:.3f}", flush=True)
+                outcomes.setdefault(rule, {})[name] = outcome
+    selection, test = peace.results["selection"], peace.results["test"]
+    print(f"\n{time.perf_counter() - started:.0f} s; changes are clipped to {max_norm}")
+    print(f"no prompt: selection {selection['zero_shot']['server/val_loss']:.3f}, ", end="")
+    print(f"test {test['zero_shot']['loss']:.3f}; without clients: ", end="")
+    print(f"selection {peace.results['rounds'][-1]['baseline/val_loss']:.3f}, ", end="")
+    print(f"test {test['server_only']['loss']:.3f}")
     for title, measure in (("selection loss, last round", "last"), ("test loss, kept", "test")):
         cells = {
             rule: {name: getattr(outcome, measure) for name, outcome in row.items()}
