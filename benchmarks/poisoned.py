@@ -1,11 +1,11 @@
 """Poisoned clients against every aggregation rule, on the quickstart's model, text and clients.
 
-Run: OMP_NUM_THREADS=1 python benchmarks/poisoned.py [--poisoned 2] [--rounds 3] [--steps 10]
+Run: OMP_NUM_THREADS=1 python benchmarks/poisoned.py [--poisoned 2] [--rounds 3] [--steps 5]
 
 The first clients of ten train as they should, and then forge what they send: a valid message with
-the mirrored change, ten times the change, or noise. Every pair of rule and attack is one run of one
-seed. Prints the selection loss after the last round, and the test loss of the best round's prompt,
-which is what a run exports.
+the mirrored change, with ten times that, or with noise ten times as long as the honest change.
+Every pair of rule and attack is one run, of one seed. Prints the selection loss after the last
+round, and the test loss of the best round's prompt, which is what a run exports.
 """
 
 import argparse
@@ -80,7 +80,6 @@ class Noise:
 ATTACKS: Mapping[str, Attack | None] = {
     "none": None,
     "sign flip": Scaled(-1),
-    "scaled": Scaled(10),
     "scaled sign flip": Scaled(-10),
     "random": Noise(10),
 }
@@ -192,7 +191,6 @@ def rules(num_poisoned: int, max_norm: float) -> dict[str, Aggregator]:
         "Krum": MultiKrum(num_poisoned),
         f"Multi-Krum, {trusted} kept": MultiKrum(num_poisoned, trusted),
         "clipped mean": NormClipping(max_norm),
-        "clipped median": NormClipping(max_norm, CoordinateMedian()),
     }
 
 
@@ -258,7 +256,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--poisoned", type=int, default=2, help="clients of ten that forge")
     parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--steps", type=int, default=10, help="of a client in a round")
+    parser.add_argument("--steps", type=int, default=5, help="of a client in a round")
     parser.add_argument("--server-steps", type=int, default=10, help="of the server in a round")
     parser.add_argument("--seed", type=int, default=0)
     arguments = parser.parse_args()
@@ -271,7 +269,8 @@ def main() -> None:
         outcomes: dict[str, dict[str, Outcome]] = {}
         for rule, aggregator in rules(settings.poisoned, max_norm).items():
             for name, attack in ATTACKS.items():
-                outcome = run(f"{rule} {name}", aggregator, attack, settings)
+                is_peace = (rule, name) == ("mean", "none")
+                outcome = peace if is_peace else run(f"{rule} {name}", aggregator, attack, settings)
                 print(f"{rule}, {name}: {outcome.last:.3f} {outcome.test:.3f}", flush=True)
                 outcomes.setdefault(rule, {})[name] = outcome
     selection, test = peace.results["selection"], peace.results["test"]

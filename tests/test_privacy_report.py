@@ -2,6 +2,7 @@
 
 import json
 import math
+import re
 from pathlib import Path
 from typing import Any
 
@@ -10,8 +11,15 @@ import torch
 
 from commands import changed, command, make_config, of_class, write_config
 from fedsp.auxiliary import KeptLayers
-from fedsp.compression import TrimmedVocabulary
-from fedsp.privacy_report import ModelPrivacy, compare_tensors, lead, leaked_share
+from fedsp.compression import LowRank, TrimmedVocabulary
+from fedsp.privacy_report import (
+    ModelPrivacy,
+    compare_tensors,
+    lead,
+    leaked_share,
+    measure_privacy,
+    summary,
+)
 from fedsp.stages import Stage
 from fedsp.state_files import load_state
 from tiny import fit, make_client, make_data, make_server, make_trainer
@@ -34,7 +42,7 @@ def test_a_server_that_only_guesses_has_nothing_to_leak(server: float) -> None:
 
 
 def test_held_tensors_are_found_whatever_they_are_called() -> None:
-    """Six of eight global parameters verbatim; the last tensor is half its length away."""
+    """Six of eight global parameters verbatim; one tensor a quarter of a length away, two unlike."""
     model = {
         "embedding": torch.tensor([[1.0, 2.0], [3.0, 4.0]]),
         "layer.0": torch.tensor([5.0, 6.0]),
@@ -45,17 +53,17 @@ def test_held_tensors_are_found_whatever_they_are_called() -> None:
         "cell": model["layer.0"].clone(),
         "taught": torch.tensor([3.0, 6.5]),
         "foreign": torch.zeros(3),
+        "ids": torch.tensor([9000, 9001]),
     }
     held = compare_tensors(handout, model)
     assert held.verbatim == ["embedding", "layer.0"]
     assert held.verbatim_share == 6 / 8
-    assert held.share_of_global == 11 / 8
-    assert held.changed_share == 5 / 8
-    assert held.changed["taught"] == (
-        "layer.0",
-        pytest.approx(math.hypot(2, 0.5) / math.hypot(5, 6)),
-    )
-    assert held.changed["foreign"] == (None, None)
+    assert held.share_of_global == 13 / 8
+    assert held.changed_share == 2 / 8
+    distance = pytest.approx(math.hypot(2, 0.5) / math.hypot(5, 6))
+    assert held.changed == {"taught": ("layer.0", distance)}
+    assert held.unlike == ["foreign", "ids"], "no such shape; thousands of norms away"
+    assert held.unlike_share == 5 / 8
 
 
 def test_what_rounds_to_the_global_models_format_counts_as_its_own() -> None:
@@ -197,6 +205,24 @@ def test_a_trimmed_vocabulary_is_not_compared(tmp_path: Path) -> None:
     assert report["known_tokens_only"] is True
     assert report["leaked"] == {"loss": None}
     assert report["gap_closed"] == {"loss": None}
+
+
+def test_factors_are_like_no_tensor_and_ids_of_tokens_are_no_parameters(tmp_path: Path) -> None:
+    """32 token ids in the shape of a bias: hidden size and kept tokens are both 32."""
+    recipe = TrimmedVocabulary(LowRank(2, calibration_batches=0), num_tokens=32)
+    server = make_server(tmp_path, auxiliary=recipe)
+    trainer = fit(tmp_path, tmp_path / "run", server=server, num_rounds=0)
+    held = measure_privacy(trainer)["held"]
+    factors = [name for name in held["unlike"] if name.endswith((".down", ".up"))]
+    assert held["unlike"] == factors
+    assert len(factors) == 4 * 4 * 2, "of four layers' four projections"
+    assert not any("vocabulary" in name for name in held["changed"])
+    parts = [held[f"{name}_share"] for name in ("verbatim", "changed", "unlike")]
+    assert held["share_of_global"] == pytest.approx(sum(parts))
+    text = summary(measure_privacy(trainer))
+    assert "are like no tensor of the global model, in 32 tensors: transformer.h.0.attn.c_" in text
+    percentages = [float(it) for it in re.findall(r"([\d.]+) %", text.split("a client holds")[1])]
+    assert max(percentages) < 100
 
 
 def test_rows_of_a_trimmed_table_are_the_global_models_own() -> None:
