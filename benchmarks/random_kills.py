@@ -4,8 +4,8 @@ Run: OMP_NUM_THREADS=1 python benchmarks/random_kills.py [--rounds 20] [--seed 0
 
 A small federation on the quickstart's model is run twice: in peace, and by a process that gets
 `kill -9` and is started again with `--ckpt_path last` until the run is over. Three of four blows
-come at a random time after a round has begun, on average one round's length later; the others
-while the process is still starting. The processes are forked from a server that has paid for the
+come at a random time after a round has begun, on average the length of one and a half rounds later;
+the others while the process is still starting. The processes are forked from a server that has paid for the
 imports once. Prints what that cost, and ends with exit code 1 if the two runs differ in anything.
 """
 
@@ -182,7 +182,9 @@ def survive(folder: Path, federation: Federation, *, seed: int = 0) -> Survival:
         if kills % 4 == 3:
             runs.strike("killed", process, draw.uniform(0, start_seconds), in_round=False)
         else:
-            runs.strike("killed", process, draw.expovariate(1 / round_seconds), in_round=True)
+            runs.strike(
+                "killed", process, draw.expovariate(1 / (1.5 * round_seconds)), in_round=True
+            )
         if runs.is_over("killed", process):
             break
         kills += 1
@@ -216,8 +218,13 @@ def compare(quiet: Path, killed: Path) -> list[str]:
         found.append("the rounds in rounds.jsonl")
     if len(other.rounds) != len(one.rounds):
         found.append("the rounds in metrics.csv")
-    if _files(quiet) != _files(killed):
-        found.append(f"the files: {sorted(_files(quiet) ^ _files(killed))}")
+    present, wanted = _files(killed), _files(quiet)
+    if present - wanted:
+        found.append(f"files that are left: {', '.join(sorted(present - wanted))}")
+    # a resume deletes the states that clients had before the checkpoint it goes on from
+    missing = wanted - present - _older_states(quiet)
+    if missing:
+        found.append(f"files that are missing: {', '.join(sorted(missing))}")
     return found + ledger_differences(one.payloads, other.payloads)
 
 
@@ -262,6 +269,13 @@ def _prompt(run_dir: Path) -> torch.Tensor:
 
 def _files(run_dir: Path) -> set[str]:
     return {str(path.relative_to(run_dir)) for path in run_dir.rglob("*")}
+
+
+def _older_states(run_dir: Path) -> set[str]:
+    """Return the files of clients' states that are not their newest."""
+    folders = RunFolder(run_dir).clients.glob("*")
+    states = [sorted(folder.glob("round-*"))[:-1] for folder in folders]
+    return {str(path.relative_to(run_dir)) for older in states for path in older}
 
 
 def _size(path: Path) -> int:
