@@ -5,8 +5,8 @@ Run: OMP_NUM_THREADS=1 python benchmarks/random_kills.py [--rounds 20] [--seed 0
 A small federation on the quickstart's model is run twice: in peace, and by a process that gets
 `kill -9` and is started again with `--ckpt_path last` until the run is over. Three of four blows
 come at a random time after a round has begun, on average the length of one and a half rounds later;
-the others while the process is still starting. The processes are forked from a server that has paid for the
-imports once. Prints what that cost, and ends with exit code 1 if the two runs differ in anything.
+the others while the process is still starting. The processes are forked from a server that has paid
+for the imports once. Prints what that cost, and ends with exit code 1 if the runs differ in anything.
 """
 
 import argparse
