@@ -6,7 +6,7 @@ A small federation on the quickstart's model is run twice: in peace, and by a pr
 `kill -9` and is started again with `--ckpt_path last` until the run is over. Three of four blows
 come at a random time after a round has begun, on average the length of one and a half rounds later;
 the others while the process is still starting. The processes are forked from a server that has paid
-for the imports once. Prints what that cost, and ends with exit code 1 if the runs differ in anything.
+for the imports once. Prints what that cost; ends with exit code 1 if the runs differ in anything.
 """
 
 import argparse

@@ -1,4 +1,4 @@
-"""The benchmark of poisoned clients: what they send is what it is called, and what rules make of it."""
+"""The benchmark of poisoned clients: they send what their attack is called."""
 
 import json
 import sys

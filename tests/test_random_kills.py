@@ -15,7 +15,7 @@ from tiny import adamw, fit, make_client
 sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
 from random_kills import compare, ledger_differences, survive
 
-ROUNDS = 4
+ROUNDS = 3
 
 
 def federation(folder: Path, run_dir: Path) -> None:
