@@ -117,7 +117,7 @@ class PoisonedClient(ClientModule):
         return replace(honest, payload=unflatten(flatten(reference) + change, shapes_of(reference)))
 
 
-class HonestNorms(FederatedCallback):
+class Norms(FederatedCallback):
     """Notes how far every accepted update went."""
 
     def __init__(self) -> None:
@@ -224,7 +224,7 @@ def run(
     parts = FederatedCLI(["--config", str(CONFIG), *arguments], run=False)
     trainer: Any = parts.trainer
     trainer.rules = replace(trainer.rules, aggregator=aggregator)
-    lengths = HonestNorms()
+    lengths = Norms()
     trainer.callbacks += [lengths, *callbacks]
     client = PoisonedClient(
         attack or Scaled(1),
