@@ -4,8 +4,8 @@ Run: OMP_NUM_THREADS=1 python benchmarks/random_kills.py [--rounds 20] [--seed 0
 
 A small federation on the quickstart's model is run twice: in peace, and by a process that gets
 `kill -9` and is started again with `--ckpt_path last` until the run is over. Three of four blows
-come at a random time after a round has begun, on average the length of one and a half rounds later;
-the others while the process is still starting. The processes are forked from a server that has paid
+come at a random time after a round has begun, on average a round's length later; the others while
+the process is still starting. The processes are forked from a server that has paid
 for the imports once. Prints what that cost; ends with exit code 1 if the runs differ in anything.
 """
 
@@ -182,9 +182,7 @@ def survive(folder: Path, federation: Federation, *, seed: int = 0) -> Survival:
         if kills % 4 == 3:
             runs.strike("killed", process, draw.uniform(0, start_seconds), in_round=False)
         else:
-            runs.strike(
-                "killed", process, draw.expovariate(1 / (1.5 * round_seconds)), in_round=True
-            )
+            runs.strike("killed", process, draw.expovariate(1 / round_seconds), in_round=True)
         if runs.is_over("killed", process):
             break
         kills += 1
