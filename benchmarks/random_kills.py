@@ -5,8 +5,8 @@ Run: OMP_NUM_THREADS=1 python benchmarks/random_kills.py [--rounds 20] [--seed 0
 A small federation on the quickstart's model is run twice: in peace, and by a process that gets
 `kill -9` and is started again with `--ckpt_path last` until the run is over. Three of four blows
 come at a random time after a round has begun, on average a round's length later; the others while
-the process is still starting. The processes are forked from a server that has paid
-for the imports once. Prints what that cost; ends with exit code 1 if the runs differ in anything.
+the process is still starting. The processes are forked from a server that has paid for the imports
+once. Prints what that cost, and ends with exit code 1 if the two runs differ in anything.
 """
 
 import argparse
@@ -174,8 +174,8 @@ def survive(folder: Path, federation: Federation, *, seed: int = 0) -> Survival:
     started = time.perf_counter()
     runs.is_over("quiet", runs.start("quiet"))
     quiet_seconds = time.perf_counter() - started
-    seconds = [row["round/seconds"] for row in read_run(folder / "quiet").rounds]
-    round_seconds, start_seconds = statistics.median(seconds), quiet_seconds - sum(seconds)
+    of_rounds = [row["round/seconds"] for row in read_run(folder / "quiet").rounds]
+    round_seconds, start_seconds = statistics.median(of_rounds), quiet_seconds - sum(of_rounds)
     kills, started = 0, time.perf_counter()
     while True:
         process = runs.start("killed")
