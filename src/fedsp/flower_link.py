@@ -57,6 +57,8 @@ POLL_SECONDS = 0.2
 # Flower cuts what is large into pieces of 5 MB
 MAX_BODY_BYTES = 64 * 2**20
 _START_SECONDS = 60.0
+# connections beyond these are turned away; a party needs a handful
+_CONNECTIONS = 100
 _TTL_SECONDS = 7 * 86400.0
 _LOGGERS = ("flwr", "uvicorn")
 
@@ -139,6 +141,7 @@ class FlowerLink:
             log_config=None,
             access_log=False,
             ws="none",  # Flower has no use for web sockets
+            limit_concurrency=_CONNECTIONS + 10 * len(parties),
             proxy_headers=False,  # nobody else may say where a request comes from
             server_header=False,
         )
