@@ -227,9 +227,10 @@ def compare(quiet: Path, killed: Path) -> list[str]:
     if len(other.rounds) != len(one.rounds):
         found.append("the rounds in metrics.csv")
     present, wanted = _files(killed), _files(quiet)
-    if present - wanted:
-        found.append(f"files that are left: {', '.join(sorted(present - wanted))}")
-    # a resume deletes the states that clients had before the checkpoint it goes on from
+    # which older states of clients are still there depends on when the last resume was
+    left = present - wanted - _older_states(killed)
+    if left:
+        found.append(f"files that are left: {', '.join(sorted(left))}")
     missing = wanted - present - _older_states(quiet)
     if missing:
         found.append(f"files that are missing: {', '.join(sorted(missing))}")

@@ -1,3 +1,4 @@
+import contextlib
 import errno
 import os
 import random
@@ -201,7 +202,28 @@ def test_the_newest_and_the_checkpoint_before_it_can_be_restored(tmp_path, chose
     assert resumed.versions() == saved[chosen]
     for client_id, round_idx in saved[chosen].items():
         assert equal(resumed.get(client_id), state(client_id, round_idx))
-    assert len(files(tmp_path)) == len(saved[chosen])
+    later = ClientStateStore(tmp_path)
+    with pytest.raises(RuntimeError) if chosen else contextlib.nullcontext():
+        later.restore(saved[0])
+    # until there is a newer checkpoint the older one may be needed: this one may be damaged
+    later.restore(saved[1])
+    for client_id, round_idx in saved[1].items():
+        assert equal(later.get(client_id), state(client_id, round_idx))
+
+
+def test_what_only_older_checkpoints_named_goes_with_the_next_one(tmp_path):
+    store = ClientStateStore(tmp_path)
+    for round_idx in range(3):
+        for client_id in (0, 1 + round_idx % 2):
+            store.put(client_id, round_idx, state(client_id, round_idx))
+        saved = store.versions()
+        store.commit()
+    resumed = ClientStateStore(tmp_path)
+    resumed.restore(saved)
+    resumed.put(0, 3, state(0, 3))
+    resumed.commit()
+    named = {*saved.items(), (0, 3)}
+    assert files(tmp_path) == sorted(f"{c:06d}/round-{r:06d}.safetensors" for c, r in named)
 
 
 def test_superseded_states_of_rounds_without_a_checkpoint_are_deleted(tmp_path):
@@ -258,9 +280,11 @@ def test_a_kill_at_any_step_of_a_round_restores_what_the_checkpoint_names(tmp_pa
         resumed.restore(checkpoint[0])
         for client_id, round_idx in checkpoint[0].items():
             assert equal(resumed.get(client_id), state(client_id, round_idx))
-        assert len(files(directory)) == len(checkpoint[0])
+        before = checkpoint[0]
         run_round(resumed, 4, checkpoint)
         assert equal(resumed.get(0), state(0, 4))
+        named = {*before.items(), *checkpoint[0].items()}
+        assert files(directory) == sorted(f"{c:06d}/round-{r:06d}.safetensors" for c, r in named)
     # Kills before the checkpoint gave the round before, kills after it the round itself.
     assert set(outcomes) == {2, 3, "survived"}
 

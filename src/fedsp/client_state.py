@@ -165,7 +165,9 @@ class ClientStateStore:
         self._superseded = []
 
     def restore(self, versions: dict[int, int]) -> None:
-        """Go back to the states that a checkpoint names and delete all others.
+        """Go back to the states that a checkpoint names and delete those of later rounds.
+
+        Older ones stay until the next `commit`: until then an older checkpoint may be needed.
 
         Args:
             versions: What `versions()` gave when the checkpoint was saved; {} empties the store.
@@ -179,12 +181,14 @@ class ClientStateStore:
                 check_state_file(path)
             except (FileNotFoundError, ValueError) as error:
                 raise _unreadable(client_id, path, error) from error
+        older: list[tuple[int, int]] = []
         for folder in self._directory.glob("[0-9]*"):
             if self._deletes and folder.is_dir() and folder.name.isdecimal():
-                self._delete_others(folder, versions.get(int(folder.name)))
+                older += self._delete_later(folder, versions.get(int(folder.name), -1))
         self._adopt_counts()
         self._versions = dict(versions)
         self._forget()
+        self._superseded = older
 
     def restore_before(self, client_id: int, round_idx: int) -> None:
         """Go back to what a client knew before a round, as one that keeps its state by itself does.
@@ -233,13 +237,19 @@ class ClientStateStore:
             self._superseded.append((client_id, self._versions[client_id]))
         self._versions[client_id] = round_idx
 
-    def _delete_others(self, folder: Path, kept: int | None) -> None:
+    def _delete_later(self, folder: Path, kept: int) -> list[tuple[int, int]]:
+        """Delete a client's states of rounds after `kept`; return those from before it."""
         remove_temporary_files(folder)
+        client_id, older = int(folder.name), []
         for path in folder.glob("round-*.safetensors"):
-            if path != self._path(int(folder.name), -1 if kept is None else kept):
+            round_idx = int(path.stem.removeprefix("round-"))
+            if round_idx > kept:
                 path.unlink()
+            elif round_idx < kept:
+                older.append((client_id, round_idx))
         if not any(folder.iterdir()):
             folder.rmdir()
+        return older
 
     def _is_newest(self, client_id: int, data: bytes) -> bool:
         if client_id not in self._versions:
