@@ -575,3 +575,12 @@ def test_callbacks_of_one_class_resume_each_with_its_own_state(tmp_path: Path) -
     counters = [Counter(1), Counter(10), Counter(100)]
     fit(tmp_path, tmp_path / "run", num_rounds=3, callbacks=counters, ckpt_path="last")
     assert [counter.count for counter in counters] == [3, 30, 200]
+
+
+def test_what_other_packages_bring_for_fabric_is_no_callback_of_a_run(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Fabric adds the callbacks of its entry points to the list that it is given."""
+    monkeypatch.setattr("lightning.fabric.fabric._load_external_callbacks", lambda _: [object()])
+    trainer = fit(tmp_path, tmp_path / "run", num_rounds=1)
+    assert trainer.history.rounds_done == 1
