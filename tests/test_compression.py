@@ -243,3 +243,14 @@ def test_what_makes_no_model_is_refused() -> None:
         LowRank(1, calibration_batches=-1)
     with pytest.raises(ValueError, match=r"`data.server` and `data.public` are null"):
         TrimmedVocabulary(SharedCell(), 5).build(tiny_backbone("gpt2"))
+
+
+@pytest.mark.parametrize(
+    "recipe", [LowRank(4), TrimmedVocabulary(LowRank(4), num_tokens=20)], ids=["thin", "trimmed"]
+)
+def test_the_factors_are_what_is_trained(recipe: AuxiliaryRecipe) -> None:
+    backbone = tiny_backbone("llama")
+    auxiliary = recipe.build(backbone, counts(backbone, range(30)))
+    own = set(auxiliary.backbone.layers.parameters())
+    assert {id(parameter) for parameter in own} <= {id(p) for p in auxiliary.trainable().values()}
+    assert sum(name.endswith((".down", ".up")) for name in auxiliary.trainable()) == 4 * 7 * 2

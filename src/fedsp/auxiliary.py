@@ -53,6 +53,7 @@ class Auxiliary(nn.Module):
         self._trainable_names = tuple(
             name for name, p in backbone.model.named_parameters() if p.requires_grad
         )
+        self._left_out: frozenset[str] = frozenset()
         self._handout: dict[str, Tensor] = {}
 
     def seal(self) -> None:
@@ -71,8 +72,9 @@ class Auxiliary(nn.Module):
                 "`model.tuned_weights` would train weights that the clients' model shares with the "
                 "global model. Set `model.auxiliary.train_embeddings` to true, or tune others."
             )
-        kept = self.trainable().items()
-        self._trainable_names = tuple(name for name, p in kept if id(p) not in owned)
+        mine = self.trainable().items()
+        self._left_out |= {name for name, p in mine if id(p) in owned}
+        self._trainable_names = tuple(name for name, _ in mine if name not in self._left_out)
 
     def trainable(self) -> dict[str, nn.Parameter]:
         """Return the model's own parameters, each under one name that never changes."""
@@ -82,10 +84,9 @@ class Auxiliary(nn.Module):
     def rebuilt(self, backbone: Backbone) -> "Auxiliary":
         """Return it over a model that was made from its own; what was left out stays so by name."""
         other = Auxiliary(backbone, self.slots, self.sources, self._global_num_parameters)
-        named = self.backbone.model.named_parameters()
-        left_out = {name for name, p in named if p.requires_grad} - set(self._trainable_names)
+        other._left_out = self._left_out
         other._trainable_names = tuple(
-            name for name in other._trainable_names if name not in left_out
+            name for name in other._trainable_names if name not in self._left_out
         )
         return other
 
