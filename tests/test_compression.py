@@ -4,13 +4,13 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from families import FAMILIES, random_prefix, tiny_backbone
 from fedsp.auxiliary import AuxiliaryRecipe, KeptLayers, SharedCell
 from fedsp.backbone import Backbone
-from fedsp.compression import LowRank, TrimmedVocabulary
+from fedsp.compression import LowRank, TrimmedVocabulary, _second_moments
 from fedsp.vocabulary import trim
 
 P = 5
@@ -154,6 +154,73 @@ def test_calibrated_it_is_the_best_of_its_rank_for_the_inputs_that_occur(family:
         fewest = torch.linalg.svdvals(outputs)[rank:].pow(2).sum()
         got = inputs @ (thin[name].up @ thin[name].down).double().T
         assert (got - outputs).pow(2).sum() <= fewest * 1.001 + 1e-6 * outputs.pow(2).sum()
+
+
+def sums_by_module(
+    backbone: Any, modules: list[nn.Linear], batches: list[dict[str, Tensor]], prefix: Tensor
+) -> dict[nn.Module, Tensor]:
+    """Sum x x^T for every module by itself."""
+    sums: dict[nn.Module, Tensor] = {}
+    real = Tensor()
+
+    def add(module: nn.Module, args: tuple[Tensor, ...]) -> None:
+        rows = args[0].flatten(0, -2)[real.flatten()]
+        sums[module] = sums[module] + rows.T @ rows if module in sums else rows.T @ rows
+
+    hooks = [module.register_forward_pre_hook(add) for module in modules]
+    for batch in batches:
+        real = batch["attention_mask"].bool()
+        backbone.hidden_states(batch["input_ids"], batch["attention_mask"], prefix)
+    for hook in hooks:
+        hook.remove()
+    return sums
+
+
+@torch.no_grad()
+@EVERY_FAMILY
+def test_projections_of_one_input_have_one_sum_with_the_bits_of_their_own(family: str) -> None:
+    """Four a layer, whatever the projections: before and in attention, before and in the MLP."""
+    backbone = tiny_backbone(family)
+    kinds = nn.Linear | Conv1D
+    modules = [it for layer in backbone.layers for it in layer.modules() if isinstance(it, kinds)]
+    batches = [text(range(3, 60), rows=4), text(range(3, 60), rows=2, length=6)]
+    batches[0]["attention_mask"][0, 7:] = 0
+    prefix = random_prefix(backbone, P)
+    moments = _second_moments(backbone, modules, batches, prefix)
+    assert len({moment.data_ptr() for moment in moments.values()}) == 4 * len(backbone.layers)
+    expected = sums_by_module(backbone, modules, batches, prefix)
+    assert moments.keys() == expected.keys() == set(modules)
+    assert all(torch.equal(moments[module], expected[module]) for module in modules)
+
+
+class Reading(nn.Module):
+    """Three projections of which the first two read the same tensor in short texts only."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.parts = nn.ModuleList(nn.Linear(2, 1) for _ in range(3))
+
+    def hidden_states(self, ids: Tensor, mask: Tensor, prefix: Tensor) -> None:
+        inputs = ids[..., None] * torch.tensor([1.0, 2.0])
+        self.parts[0](inputs)
+        self.parts[1](inputs if ids.shape[1] < 3 else inputs + 1)
+        self.parts[2](inputs)
+        self.parts[2](inputs)
+
+
+@torch.no_grad()
+def test_projections_that_read_together_in_some_batches_only_are_told_apart() -> None:
+    reading: Any = Reading()
+    batches = [
+        {"input_ids": torch.ones(1, n), "attention_mask": torch.ones(1, n)} for n in (2, 3, 2)
+    ]
+    moments = _second_moments(reading, reading.parts, batches, Tensor())
+    expected = sums_by_module(reading, reading.parts, batches, Tensor())
+    # 4 + 3 tokens of (1, 2), or the 3 of them as (2, 3); the last one reads all twice
+    assert moments[reading.parts[0]].tolist() == [[7, 14], [14, 28]]
+    assert moments[reading.parts[1]].tolist() == [[16, 26], [26, 43]]
+    assert moments[reading.parts[2]].tolist() == [[14, 28], [28, 56]]
+    assert all(torch.equal(moments[part], expected[part]) for part in reading.parts)
 
 
 def test_low_rank_keeps_sharing_and_what_it_would_not_shrink() -> None:

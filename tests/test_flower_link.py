@@ -5,11 +5,14 @@ import shutil
 import threading
 import time
 from collections.abc import Callable, Iterator
+from itertools import pairwise
 from pathlib import Path
+from sys import getrecursionlimit
 from typing import Any
 
 import pytest
 from flwr.app import ConfigRecord
+from flwr.proto.message_pb2 import ObjectTree
 
 from fedsp import credentials, flower_node
 from fedsp.credentials import create_authority, create_node_key, issue_server_certificate
@@ -189,6 +192,33 @@ def test_what_is_no_record_is_told_and_costs_nobody_else_an_answer(
     monkeypatch.undo()
     link.send("alpha", {"kind": "round"})
     assert receive(link, 1) == [("alpha", {"kind": "round"})]
+
+
+def test_an_answer_that_is_nested_too_deeply_costs_nobody_else_an_answer(
+    federation: Federation, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    link = meet(federation)
+    # a party can announce a part that holds one announced before, as often as it likes
+    store = link._state.object_store
+    parts = [ObjectTree(object_id=f"{depth:064x}") for depth in range(2 * getrecursionlimit())]
+    for inner, outer in pairwise(parts):
+        nested = ObjectTree(object_id=outer.object_id, children=[inner])
+        store.preregister(link._grid.run.run_id, nested)
+    get_object_tree = flower_node.get_object_tree
+
+    def nested_tree(reply: Any) -> ObjectTree:
+        if threading.current_thread().name == "alpha":
+            return ObjectTree(object_id=reply.object_id, children=[parts[-1]])
+        return get_object_tree(reply)
+
+    monkeypatch.setattr(flower_node, "get_object_tree", nested_tree)
+    link.send("alpha", {"kind": "round"})
+    wait_until(lambda: len(link._state.message_res_store) == 1)
+    link.send("beta", {"kind": "round"})
+    assert receive(link, 1) == [("beta", {"kind": "round"})]
+    assert (
+        "alpha: an answer that Flower cannot read: RecursionError" in federation.told["server"][1]
+    )
 
 
 def test_nothing_stays_in_the_server_s_memory(federation: Federation) -> None:

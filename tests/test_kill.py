@@ -238,6 +238,7 @@ def test_a_run_killed_ten_times_ends_as_the_undisturbed_one(runs: Runs, seed: in
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(3600)  # two runs for each file operation of a run
 def test_a_kill_before_any_file_operation_can_be_resumed(runs: Runs) -> None:
     """Each in a run of its own; the last operations only write what a finished run leaves."""
     for kill_at in range(runs.of_a_whole_run):

@@ -10,8 +10,15 @@ import torch
 
 from commands import changed, command, make_config, of_class, write_config
 from fedsp.auxiliary import KeptLayers
-from fedsp.compression import TrimmedVocabulary
-from fedsp.privacy_report import ModelPrivacy, compare_tensors, lead, leaked_share
+from fedsp.compression import LowRank, TrimmedVocabulary
+from fedsp.privacy_report import (
+    ModelPrivacy,
+    compare_tensors,
+    lead,
+    leaked_share,
+    measure_privacy,
+    summary,
+)
 from fedsp.stages import Stage
 from fedsp.state_files import load_state
 from tiny import fit, make_client, make_data, make_server, make_trainer
@@ -34,7 +41,7 @@ def test_a_server_that_only_guesses_has_nothing_to_leak(server: float) -> None:
 
 
 def test_held_tensors_are_found_whatever_they_are_called() -> None:
-    """Six of eight global parameters verbatim; the last tensor is half its length away."""
+    """Six of eight global parameters verbatim, one tensor near another, two that are like none."""
     model = {
         "embedding": torch.tensor([[1.0, 2.0], [3.0, 4.0]]),
         "layer.0": torch.tensor([5.0, 6.0]),
@@ -45,17 +52,17 @@ def test_held_tensors_are_found_whatever_they_are_called() -> None:
         "cell": model["layer.0"].clone(),
         "taught": torch.tensor([3.0, 6.5]),
         "foreign": torch.zeros(3),
+        "ids": torch.tensor([9000, 9001]),
     }
     held = compare_tensors(handout, model)
     assert held.verbatim == ["embedding", "layer.0"]
     assert held.verbatim_share == 6 / 8
-    assert held.share_of_global == 11 / 8
-    assert held.changed_share == 5 / 8
-    assert held.changed["taught"] == (
-        "layer.0",
-        pytest.approx(math.hypot(2, 0.5) / math.hypot(5, 6)),
-    )
-    assert held.changed["foreign"] == (None, None)
+    assert held.share_of_global == 13 / 8
+    assert held.changed_share == 2 / 8
+    distance = pytest.approx(math.hypot(2, 0.5) / math.hypot(5, 6))
+    assert held.changed == {"taught": ("layer.0", distance)}
+    assert held.unlike == ["foreign", "ids"], "no such shape; thousands of norms away"
+    assert held.unlike_share == 5 / 8
 
 
 def test_what_rounds_to_the_global_models_format_counts_as_its_own() -> None:
@@ -199,13 +206,30 @@ def test_a_trimmed_vocabulary_is_not_compared(tmp_path: Path) -> None:
     assert report["gap_closed"] == {"loss": None}
 
 
+def test_factors_are_like_no_tensor_and_ids_of_tokens_are_no_parameters(tmp_path: Path) -> None:
+    """The 32 ids of kept tokens have the shape of a bias: the hidden size is 32."""
+    recipe = TrimmedVocabulary(LowRank(2, calibration_batches=0), num_tokens=32)
+    server = make_server(tmp_path, auxiliary=recipe, initial_distillation=None)
+    trainer = fit(tmp_path, tmp_path / "run", server=server, num_rounds=0)
+    report = measure_privacy(trainer)
+    held = report["held"]
+    assert held["changed"] == {}, "nothing was taught"
+    assert len(held["unlike"]) == 4 * 4 * 2, "two factors of four projections of four layers"
+    assert all(name.endswith((".down", ".up")) for name in held["unlike"])
+    # the projections are [32, 96], [32, 32], [32, 128] and [128, 32]
+    assert held["unlike_share"] == pytest.approx(held["share_of_global"] - held["verbatim_share"])
+    total = sum(it.numel() for it in trainer.server.require_model()[0].model.parameters())
+    assert held["unlike_share"] * total == pytest.approx(4 * 2 * (128 + 64 + 160 + 160))
+    assert "in 32 tensors: transformer.h.0.attn.c_attn.down, " in summary(report)
+
+
 def test_rows_of_a_trimmed_table_are_the_global_models_own() -> None:
     """Two of four rows of a table of eight numbers, and a weight of two that was changed."""
     model = {"table": torch.arange(8.0).reshape(4, 2), "weight": torch.tensor([3.0, 4.0])}
-    handout = {"table": torch.tensor([[2.0, 3.0], [6.0, 7.0]]), "weight": torch.tensor([3.0, 9.0])}
+    handout = {"table": torch.tensor([[2.0, 3.0], [6.0, 7.0]]), "weight": torch.tensor([3.0, 6.5])}
     rows = {"table": torch.tensor([1, 3])}
     held = compare_tensors(handout, model, rows)
     assert held.verbatim == ["table"]
     assert held.verbatim_share == 0.4  # 4 of 10 numbers
-    assert held.changed == {"weight": ("weight", 1.0)}  # 5 of a norm of 5
+    assert held.changed == {"weight": ("weight", 0.5)}  # 2.5 of a norm of 5
     assert compare_tensors(handout, model).verbatim == []

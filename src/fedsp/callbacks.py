@@ -1,4 +1,4 @@
-"""The points of a run at which a callback is called; Fabric calls every object that has the method.
+"""The points of a run at which the trainer calls its callbacks.
 
 The `trainer` argument is the `FederatedTrainer`; its `server`, `client`, `data`, `history` and
 `run_dir` may be read.

@@ -172,7 +172,7 @@ class LowRank(_Wrapper):
         """Start every product from the best one of its rank on the batches' inputs.
 
         Best is the smallest squared error of the outputs. The [in, in] second moments of all
-        factorised projections are held at once. See `AuxiliaryRecipe.calibrate`.
+        inputs of factorised projections are held at once. See `AuxiliaryRecipe.calibrate`.
         """
         full: dict[_Factorised, nn.Linear | Conv1D] = {}
         for layer, source in zip(auxiliary.backbone.layers, auxiliary.sources, strict=True):
@@ -230,17 +230,33 @@ def _second_moments(
     batches: Iterable[dict[str, Tensor]],
     prefix: Tensor,
 ) -> dict[nn.Module, Tensor]:
-    """Sum x x^T over the inputs x that the modules get at the batches' real tokens."""
-    moments: dict[nn.Module, Tensor] = {}
+    """Sum x x^T over the inputs x that the modules get at the batches' real tokens.
+
+    Modules that read one tensor in a row, as queries, keys and values do, have one sum together.
+    """
+    sums: dict[tuple[nn.Module, ...], Tensor] = {}
     real: Tensor
+    # the tensor that was read last, who has read it, and its x x^T
+    held: Tensor | None = None
+    readers: tuple[nn.Module, ...] = ()
+    moment: Tensor
+
+    def settle() -> None:
+        if readers:
+            sums[readers] = sums[readers] + moment if readers in sums else moment
 
     def note(module: nn.Module, args: tuple[Tensor, ...]) -> None:
-        rows = args[0].flatten(0, -2).float()
+        nonlocal held, readers, moment
+        if args[0] is held:
+            readers = (*readers, module)
+            return
+        settle()
+        held, readers = args[0], (module,)
+        rows = held.flatten(0, -2).float()
         if len(rows) == real.numel():  # not so where experts get their own tokens
             rows = rows[real.flatten()]
         with torch.autocast(rows.device.type, enabled=False):
             moment = rows.T @ rows
-        moments[module] = moments[module] + moment if module in moments else moment
 
     hooks = [module.register_forward_pre_hook(note) for module in modules]
     try:
@@ -250,6 +266,11 @@ def _second_moments(
     finally:
         for hook in hooks:
             hook.remove()
+    settle()
+    moments: dict[nn.Module, Tensor] = {}
+    for group, total in sums.items():
+        for module in group:
+            moments[module] = moments[module] + total if module in moments else total
     return moments
 
 

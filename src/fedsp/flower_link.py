@@ -57,6 +57,8 @@ POLL_SECONDS = 0.2
 # Flower cuts what is large into pieces of 5 MB
 MAX_BODY_BYTES = 64 * 2**20
 _START_SECONDS = 60.0
+# connections beyond these are turned away; a party needs a handful
+_CONNECTIONS = 100
 _TTL_SECONDS = 7 * 86400.0
 _LOGGERS = ("flwr", "uvicorn")
 
@@ -139,6 +141,7 @@ class FlowerLink:
             log_config=None,
             access_log=False,
             ws="none",  # Flower has no use for web sockets
+            limit_concurrency=_CONNECTIONS + 10 * len(parties),
             proxy_headers=False,  # nobody else may say where a request comes from
             server_header=False,
         )
@@ -173,17 +176,18 @@ class FlowerLink:
             self._party_of[message_id] = party
 
     def _withdraw(self, party: str) -> None:
-        stale = {
-            message_id
-            for message_id, name in self._party_of.items()
-            if name == party
-            and (message := self._state.message_ins_store.get(message_id)) is not None
-            and message.metadata.delivered_at == ""
-        }
-        self._state.delete_messages(message_ins_ids=stale)
-        for message_id in stale:
-            self._state.object_store.delete(message_id)
-            del self._party_of[message_id]
+        with self._state.lock:
+            stale = {
+                message_id
+                for message_id, name in self._party_of.items()
+                if name == party
+                and (message := self._state.message_ins_store.get(message_id)) is not None
+                and message.metadata.delivered_at == ""
+            }
+            self._state.delete_messages(message_ins_ids=stale)
+            for message_id in stale:
+                self._state.object_store.delete(message_id)
+                del self._party_of[message_id]
 
     def receive(self, seconds: float) -> list[tuple[str, Record]]:
         """Return what has come, by party; wait for the first at most so long."""
@@ -203,16 +207,12 @@ class FlowerLink:
         """
         came = []
         for message_id, party in [*self._party_of.items()]:
-            reply_id = self._state.message_ins_id_to_message_res_id.get(message_id)
-            contents = {} if reply_id is None else self._contents(reply_id)
-            if not contents:
-                continue
-            # Flower does not compare a reply's sender with the key that signed it: a party is known
-            # by the message's id, a checksum of what only this party was sent
-            del self._party_of[message_id]
-            self._state.delete_messages(message_ins_ids={message_id})
-            self._state.object_store.delete(reply_id)
             try:
+                # Flower's handlers lock the state first, then what they need of it: so must we
+                with self._state.lock:
+                    reply_id, contents = self._take(message_id)
+                if not contents:
+                    continue
                 reply: Any = inflate_object_from_contents(reply_id, contents)
                 came.append((party, unpack_record(reply.content)))
             except MessageError as error:
@@ -220,13 +220,27 @@ class FlowerLink:
             except Exception as error:
                 # Flower checks nothing of what a party sends, and fails in many ways over it
                 self._tell(f"{party}: an answer that Flower cannot read: {error!r:.200}")
+            del self._party_of[message_id]
         return came
+
+    def _take(self, message_id: str) -> tuple[str, dict[str, bytes]]:
+        """Take the answer to a message out of Flower's memory; nothing where it is not whole.
+
+        Flower does not compare a reply's sender with the key that signed it: a party is known by
+        the message's id, a checksum of what only this party was sent.
+        """
+        reply_id = self._state.message_ins_id_to_message_res_id.get(message_id, "")
+        contents = self._contents(reply_id)
+        if contents:
+            self._state.delete_messages(message_ins_ids={message_id})
+            self._state.object_store.delete(reply_id)
+        return reply_id, contents
 
     def _contents(self, reply_id: str) -> dict[str, bytes]:
         """Return all objects of a reply; nothing where one is still on its way."""
         try:
             tree = self._state.object_store.get_object_tree(reply_id)
-        except NoObjectInStoreError:  # announced this very moment, or given up
+        except NoObjectInStoreError:  # there is none, or it was given up
             return {}
         contents = {}
         for node in iterate_object_tree(tree):

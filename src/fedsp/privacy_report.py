@@ -6,7 +6,7 @@ What the figures mean is said in docs/privacy.md. Data privacy is another matter
 import hashlib
 import json
 import math
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass
 from io import StringIO
 from typing import Any
@@ -17,7 +17,7 @@ from rich.table import Table
 from torch import Tensor
 
 from fedsp.callbacks import FederatedCallback
-from fedsp.display import human_count, human_loss, human_share
+from fedsp.display import human_loss, human_share, plural
 from fedsp.evaluation import measure_split, model_subject
 from fedsp.preparation import handed_out
 from fedsp.soft_prompt import pool_layers
@@ -39,17 +39,21 @@ class Held:
         share_of_global: Parameters of the auxiliary model over those of the global one.
         verbatim: Names of the global model's tensors that the client has exactly.
         verbatim_share: Their share of the global model's parameters.
-        changed: By name, the auxiliary model's other tensors: the global tensor of that shape that
-            comes nearest and the distance between the two as a share of its norm; both None where
-            no tensor has that shape.
+        changed: By name, other tensors of the auxiliary model: the global tensor of that shape that
+            comes nearest, and the distance between the two as a share of its norm, below 1.
         changed_share: Parameters in `changed` over those of the global model.
+        unlike: Names of the rest: no global tensor has their shape, as with the factors of a
+            projection, or none is nearer than its own norm.
+        unlike_share: Parameters in `unlike` over those of the global model.
     """
 
     share_of_global: float
     verbatim: list[str]
     verbatim_share: float
-    changed: dict[str, tuple[str | None, float | None]]
+    changed: dict[str, tuple[str, float]]
     changed_share: float
+    unlike: list[str]
+    unlike_share: float
 
 
 def compare_tensors(
@@ -74,15 +78,22 @@ def compare_tensors(
     theirs = {name: _digest(tensor) for name, tensor in model.items()}
     both = set(own.values()) & set(theirs.values())
     verbatim = [name for name, digest in theirs.items() if digest in both]
-    changed = {
-        name: _nearest(tensor, model) for name, tensor in handout.items() if own[name] not in both
-    }
+    rest = {name: tensor for name, tensor in handout.items() if own[name] not in both}
+    nearest = {name: _nearest(tensor, model) for name, tensor in rest.items()}
+    changed = {name: found for name, found in nearest.items() if found is not None}
+    unlike = [name for name in rest if name not in changed]
+
+    def share(tensors: Mapping[str, Tensor], names: Iterable[str]) -> float:
+        return sum(tensors[name].numel() for name in names) / total
+
     return Held(
-        sum(tensor.numel() for tensor in handout.values()) / total,
-        verbatim,
-        sum(model[name].numel() for name in verbatim) / total,
-        changed,
-        sum(handout[name].numel() for name in changed) / total,
+        share_of_global=share(handout, handout),
+        verbatim=verbatim,
+        verbatim_share=share(model, verbatim),
+        changed=changed,
+        changed_share=share(handout, changed),
+        unlike=unlike,
+        unlike_share=share(handout, unlike),
     )
 
 
@@ -91,18 +102,19 @@ def _digest(tensor: Tensor) -> tuple[tuple[int, ...], bytes]:
     return tuple(tensor.shape), hashlib.sha256(data.tobytes()).digest()
 
 
-def _nearest(tensor: Tensor, model: Mapping[str, Tensor]) -> tuple[str | None, float | None]:
-    """Return the name of the nearest tensor of the same shape, and how far it is."""
+def _nearest(tensor: Tensor, model: Mapping[str, Tensor]) -> tuple[str, float] | None:
+    """Return the name of the nearest tensor of the same shape, and how far it is.
+
+    None where zeros would be as near as any: a distance says nothing then.
+    """
     distances: list[tuple[float, str]] = []
     for name, candidate in model.items():
         if candidate.shape == tensor.shape:
             other = candidate.detach().cpu().float()
             distance = (tensor.float() - other).norm() / other.norm().clamp(min=1e-30)
             distances.append((float(distance), name))
-    if not distances:
-        return None, None
-    distance, name = min(distances)
-    return name, distance
+    distance, name = min(distances, default=(1.0, ""))
+    return (name, distance) if distance < 1 else None
 
 
 def lead(name: str, value: float, guessing: float) -> float:
@@ -180,9 +192,11 @@ def measure_privacy(trainer: Any) -> dict[str, Any]:
     guessing = {"loss": math.log(backbone.vocab_size)}
     if "accuracy" in metrics["global"]:
         guessing["accuracy"] = trainer.data.chance("test")
-    handout = auxiliary.handout()
-    tensors = _tensors(backbone.model, handout)
     vocabulary = auxiliary.backbone.vocabulary
+    # which tokens a trimmed vocabulary keeps is handed out too, but is no parameter
+    maps = {} if vocabulary is None else vocabulary.state_dict(prefix="vocabulary.")
+    handout = {name: it for name, it in auxiliary.handout().items() if name not in maps}
+    tensors = _tensors(backbone.model, handout)
     tables = {} if vocabulary is None else _tables(tensors, handout, vocabulary.kept.long())
     held = compare_tensors(handout, tensors, tables)
     report: dict[str, Any] = {"split": "test", "metrics": metrics, "guessing": guessing}
@@ -278,18 +292,23 @@ def _figure(name: str, value: float) -> str:
 
 
 def _held_lines(held: Mapping[str, Any]) -> list[str]:
-    distances = [distance for _, distance in held["changed"].values() if distance is not None]
+    distances = [distance for _, distance in held["changed"].values()]
     lines = [
         f"a client holds {human_share(held['share_of_global'])} as many parameters as the global "
         "model:",
         f"  {human_share(held['verbatim_share'])} are the global model's own, in "
-        f"{human_count(len(held['verbatim']))} tensors: {_names(held['verbatim'])}",
+        f"{plural(len(held['verbatim']), 'tensor')}: {_names(held['verbatim'])}",
     ]
     if distances:
         lines.append(
             f"  {human_share(held['changed_share'])} are changed, in "
-            f"{human_count(len(held['changed']))} tensors, by {human_share(min(distances))} to "
+            f"{plural(len(distances), 'tensor')}, by {human_share(min(distances))} to "
             f"{human_share(max(distances))} of the norm of the nearest tensor"
+        )
+    if held["unlike"]:
+        lines.append(
+            f"  {human_share(held['unlike_share'])} are like no tensor of the global model, in "
+            f"{plural(len(held['unlike']), 'tensor')}: {_names(held['unlike'])}"
         )
     return lines
 

@@ -148,7 +148,6 @@ class FederatedTrainer:
                 "num_nodes": num_nodes,
                 "precision": precision,
                 "plugins": plugins,
-                "callbacks": self.callbacks,
             }
         )
         self.precision = precision
