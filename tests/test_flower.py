@@ -1,6 +1,8 @@
 """Flower between a server and a client: records as they were sent, sessions, and who gets in."""
 
 import asyncio
+import socket
+import ssl
 import threading
 import time
 from base64 import b64encode
@@ -95,6 +97,26 @@ def test_records_come_back_and_a_new_session_has_another_name(
     assert wait_for(link, "beta") != session
     exchange(link, "beta", {**small, "kind": "finish"})
     second.thread.join(30)
+
+
+def test_old_ciphers_are_not_spoken(
+    link: FlowerLink, root: Path, settings: FederationSettings
+) -> None:
+    address = settings.meeting_point
+    trusting = ssl.create_default_context(cafile=root / "server" / "ca.crt")
+    trusting.maximum_version = ssl.TLSVersion.TLSv1_2
+
+    def speak() -> str:
+        with (
+            socket.create_connection((address.host, address.port), timeout=10) as line,
+            trusting.wrap_socket(line, server_hostname=address.host) as spoken,
+        ):
+            return str(spoken.cipher())
+
+    assert "GCM" in speak()
+    trusting.set_ciphers("ECDHE+AES+SHA:!AESGCM")
+    with pytest.raises(ssl.SSLError):
+        speak()
 
 
 def test_what_was_not_fetched_is_withdrawn_when_there_is_something_newer(

@@ -138,6 +138,7 @@ class FlowerLink:
             Gate(application, [*keys.values()]),
             ssl_keyfile=folder / "server.key",
             ssl_certfile=folder / "server.crt",
+            ssl_ciphers="ECDHE+AESGCM:ECDHE+CHACHA20",  # of TLS 1.2; 1.3 has no others
             log_config=None,
             access_log=False,
             ws="none",  # Flower has no use for web sockets
