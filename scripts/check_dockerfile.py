@@ -334,7 +334,7 @@ def start_service(
     words = [*image.entrypoint, *service["command"]]
     party = name.removeprefix("client-")
     if party in PACKAGES:
-        source = "--data.init_args.clients"
+        source = "--data.clients"
         words += [f"{source}=fedsp.sources.Docstrings", f"{source}.packages=[{PACKAGES[party]}]"]
         words += [f"{source}.max_rows_per_package=300"]
     command = inside(image, words, service_mounts(made, name, service), sealed=True)

@@ -42,7 +42,7 @@ def fedsp(*words: str) -> list[str]:
 
 def data_of(party: str) -> list[str]:
     """Return the options that name a party's data, as its own operator would give them."""
-    source = "--data.init_args.clients"
+    source = "--data.clients"
     return [
         f"{source}=fedsp.sources.Docstrings",
         f"{source}.packages=[{PACKAGES[party]}]",

@@ -115,12 +115,13 @@ class Party:
     def text(self) -> str:
         return self.log.read_text() if self.log.exists() else ""
 
-    def wait_for(self, text: str, seconds: float = 90.0) -> None:
-        """Wait until the log has a text."""
+    def wait_for(self, text: str, seconds: float = 240.0) -> None:
+        """Wait until the log has a text; all parties' logs lie in one folder."""
         deadline = time.monotonic() + seconds
         while text not in self.text():
-            assert time.monotonic() < deadline, f"no {text!r} in:\n{self.text()}"
-            assert self.process.is_alive() or text in self.text(), self.text()
+            if time.monotonic() > deadline or not self.process.is_alive():
+                logs = [f"{log.name}:\n{log.read_text()}" for log in self.log.parent.glob("*.log")]
+                raise AssertionError(f"no {text!r} in {self.log.name}\n" + "\n".join(logs))
             time.sleep(0.05)
 
     def join(self, seconds: float = 90.0) -> int | None:

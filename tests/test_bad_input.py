@@ -466,6 +466,7 @@ def _names_of_all_options(config: dict[str, Any], tmp_path: Path) -> set[str]:
                 "fedsp.privacy.LocalPrivacy", noise_multiplier=1.0, delta=0.01, clip_norm=1.0
             )
         },
+        {f"{DATA}.partitioner": of_class("fedsp.partition.Parties", parties=["a"], own="a")},
         {f"{DATA}.task": of_class("fedsp.tasks.ChatCompletion")},
         {f"{DATA}.task": of_class("fedsp.tasks.MultipleChoice")},
         {f"{DATA}.task": of_class("fedsp.tasks.RawText")},

@@ -46,7 +46,7 @@ def rounds_done(root: Path) -> int:
 
 
 def wait_for_rounds(root: Path, count: int, server: Party) -> None:
-    deadline = time.monotonic() + 120
+    deadline = time.monotonic() + 240
     while rounds_done(root) < count:
         assert time.monotonic() < deadline, server.text()
         time.sleep(0.05)
@@ -57,11 +57,12 @@ def last_prompt(run_dir: Path) -> Any:
     return tree["federation"]["broadcast"]["soft_prompt"]
 
 
+@pytest.mark.timeout(900)  # it waits most of the time, and much longer on a busy machine
 def test_kills_cost_no_round_and_change_no_bit(
     tmp_path: Path, folder: Path, paths: dict[str, str]
 ) -> None:
     root = tmp_path / "federation"
-    write_federation(root, join_seconds=120.0, round_seconds=120.0)
+    write_federation(root, join_seconds=240.0, round_seconds=240.0)
     server = Party(tmp_path / "server.log", run_tiny_server, folder, root, paths, ROUNDS)
     clients = {
         name: Party(tmp_path / f"{name}.log", run_tiny_client, folder, root, paths, name)
@@ -83,7 +84,7 @@ def test_kills_cost_no_round_and_change_no_bit(
         os.kill(clients["gamma"].process.pid, signal.SIGSTOP)
         time.sleep(22)
         os.kill(clients["gamma"].process.pid, signal.SIGCONT)
-        assert server.join(120) == 0, server.text()
+        assert server.join(240) == 0, server.text()
         assert [client.join(60) for client in clients.values()] == [0, 0, 0]
     lines = RunFolder(root / "server" / "run").rounds.read_text().splitlines()
     assert [int(json.loads(line)["round"]) for line in lines] == list(range(ROUNDS))

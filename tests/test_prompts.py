@@ -10,6 +10,7 @@ import torch
 from commands import command, make_config, write_config
 from fedsp.prompts import Prompts, room_for_prompt
 from fedsp.server import ServerModule
+from fedsp.sources import Files
 from fedsp.tasks import ChatCompletion, MultipleChoice, PromptCompletion, RawText, Task
 from tiny import files, fit, make_client, make_data, make_server, make_trainer
 
@@ -48,7 +49,7 @@ def test_a_file_of_test_rows_is_completed_as_the_test_split_is(tmp_path: Path) -
         make_server(tmp_path),
         make_client(),
         # the run's own data may be gone
-        make_data(tmp_path, clients=None),
+        make_data(tmp_path, clients=Files(str(tmp_path / "gone.jsonl"))),
         max_new_tokens=NEW,
         input=own,
         output=str(output),

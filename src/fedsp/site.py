@@ -63,8 +63,8 @@ class ClientSite:
         if data.clients is None:
             raise ValueError(
                 "`data.clients` is null. Name this party's data there: in config.yaml, or as an "
-                "option such as `--data.init_args.clients=fedsp.sources.Files "
-                "--data.init_args.clients.paths=FILE`."
+                "option such as `--data.clients=fedsp.sources.Files "
+                "--data.clients.paths=FILE`."
             )
         launch(trainer.fabric)
         server.configure_outline()

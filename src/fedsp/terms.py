@@ -46,7 +46,7 @@ def differing(mine: Mapping[str, str], theirs: Mapping[str, str]) -> list[str]:
 
 
 def _without_class_levels(tree: Any) -> Any:
-    """Lift `init_args` up: `model.init_args.soft_prompt` is spoken of as `model.soft_prompt`."""
+    """Lift `init_args` up: options are spoken of without them, as in `model.soft_prompt`."""
     if isinstance(tree, list):
         return [_without_class_levels(value) for value in tree]
     if not isinstance(tree, Mapping):
