@@ -211,6 +211,36 @@ def test_a_client_without_its_handout_gets_it_again(
     assert [party for party, request in link.asked if request.handout] == ["beta"]
 
 
+def test_a_client_that_never_keeps_its_handout_gets_it_no_third_time(
+    link: Scripted, make: Callable[..., RemoteExecutor], told: list[str]
+) -> None:
+    def want_more(party: str, request: Request) -> None:
+        if party == "beta":
+            missing = to_record(Answer(request.request_id, "handout_missing"))
+            link.inbox.append((party, missing))
+        else:
+            link.reply(party, request)
+
+    link.on_request = want_more
+    assert len(run(make())) == 2
+    assert [party for party, _ in link.asked].count("beta") == 2
+    assert told == ["round 0: beta does not take part: handout_missing"]
+
+
+@pytest.mark.parametrize("reason", ["two\nlines", "\x1b[2J", "x" * 1001])
+def test_what_a_terminal_would_obey_is_not_printed(
+    link: Scripted, make: Callable[..., RemoteExecutor], told: list[str], reason: str
+) -> None:
+    def write(party: str, request: Request) -> None:
+        answer = Answer(request.request_id, "refusal", reason=reason)
+        link.inbox.append((party, to_record(answer)))
+
+    link.on_request = write
+    assert not run(make(round_seconds=3.0))
+    assert all(line.isprintable() and len(line) < 300 for line in told)
+    assert told[0].startswith("alpha: answer: `reason` must be one short line, got '")
+
+
 def test_a_refusal_is_told_and_the_round_goes_on(
     link: Scripted, make: Callable[..., RemoteExecutor], told: list[str]
 ) -> None:

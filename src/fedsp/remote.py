@@ -120,7 +120,7 @@ class RemoteExecutor(Executor):
         self._counts = dict.fromkeys(self._counts, 0)
         self._wait_for_enough(round_idx, cohort)
         sessions: dict[int, str] = {}
-        waiting = set(cohort)
+        waiting, given_again = set(cohort), set[int]()
         deadline = time.monotonic() + self.patience.round_seconds
         while waiting and (left := deadline - time.monotonic()) > 0:
             for client_id, session in self._newly_there(waiting, sessions):
@@ -134,7 +134,8 @@ class RemoteExecutor(Executor):
                 answer, client_id = self._read(party, record, round_idx)
                 if answer is None:
                     continue
-                if answer.kind == "handout_missing" and client_id in waiting:
+                if answer.kind == "handout_missing" and client_id in waiting - given_again:
+                    given_again.add(client_id)
                     self._handed_out.discard(client_id)
                     self._ask(round_idx, client_id, broadcast)
                 elif answer.kind == "update":
@@ -143,7 +144,8 @@ class RemoteExecutor(Executor):
                 else:
                     waiting.discard(client_id)
                     self._counts["refused"] += 1
-                    self.tell(f"round {round_idx}: {party} does not take part: {answer.reason}")
+                    reason = answer.reason or answer.kind
+                    self.tell(f"round {round_idx}: {party} does not take part: {reason}")
         self._counts["absent"] = len(waiting)
         for client_id in sorted(waiting):
             self.tell(f"round {round_idx}: no answer from {self.deal.parties[client_id]}")

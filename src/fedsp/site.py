@@ -24,7 +24,7 @@ from fedsp.server import ServerModule
 from fedsp.stages import try_out
 from fedsp.state_files import write_bytes_atomically
 from fedsp.terms import differing, terms
-from fedsp.wire import Answer, Record, Request, read_request, to_record
+from fedsp.wire import MAX_REASON, Answer, Record, Request, read_request, to_record
 
 # a server that lost its newest checkpoint asks for a round again
 STATES_KEPT = 3
@@ -93,7 +93,7 @@ class ClientSite:
             answer = self._answer(request)
         except (MessageError, BudgetSpentError) as refusal:
             self.tell(str(refusal))
-            answer = Answer(request_id, "refusal", reason=str(refusal))
+            answer = Answer(request_id, "refusal", reason=_line(str(refusal)))
         except Exception as failure:
             # what broke here may speak of the data: the server only learns that something did
             self.failure = failure
@@ -187,3 +187,8 @@ class ClientSite:
 
 def _read(path: Path) -> bytes:
     return path.read_bytes() if path.exists() else b""
+
+
+def _line(text: str) -> str:
+    """Return a text as `read_answer` takes it."""
+    return "".join(c if c.isprintable() else " " for c in text)[:MAX_REASON]

@@ -15,6 +15,7 @@ Record = dict[str, int | float | str | bytes]
 AnswerKind = Literal["update", "handout_missing", "refusal", "done"]
 
 PROTOCOL = 1
+MAX_REASON = 1000
 _MAX_TEXT = 20_000
 _T = TypeVar("_T", "Request", "Answer")
 
@@ -55,7 +56,7 @@ class Answer:
         kind: `update`: it worked; `handout_missing`: it needs the auxiliary model first; `refusal`:
             it cannot or will not work; `done`: it has ended.
         update: The encoded `ClientUpdate`.
-        reason: Why it refuses, in words that tell nothing of its data.
+        reason: Why it refuses, in one line that tells nothing of its data.
     """
 
     request_id: str
@@ -95,6 +96,9 @@ def read_answer(record: Record) -> Answer:
     answer = _read(record, Answer, "client")
     if answer.kind not in ("update", "handout_missing", "refusal", "done"):
         raise MessageError(f"answer: unknown kind {answer.kind!r:.80}")
+    if len(answer.reason) > MAX_REASON or not answer.reason.isprintable():
+        # an operator's terminal must not obey what a client writes
+        raise MessageError(f"answer: `reason` must be one short line, got {answer.reason!r:.80}")
     return answer
 
 
