@@ -191,6 +191,19 @@ def test_a_key_that_others_can_read_stops_the_start(made: Path, tmp_path: Path) 
         check_server(folder / "server", ADDRESS)
 
 
+@pytest.mark.parametrize("role", ["server", "clients/alpha"])
+def test_without_flower_the_extra_is_named(
+    made: Path, role: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("fedsp.federation_commands.find_spec", lambda name: None)
+    status, said = federation(role.partition("/")[0].removesuffix("s"), made / role)
+    assert (status, said.splitlines()[-1]) == (
+        1,
+        "fedsp: error: A live federation needs Flower, which is not installed: "
+        'pip install "fedsp[flower]".',
+    )
+
+
 def test_help_and_unknown_commands() -> None:
     status, said = federation("--help")
     assert status == 0

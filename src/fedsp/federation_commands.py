@@ -6,6 +6,7 @@ Everything that takes long to import is imported only when a command's words are
 import argparse
 import os
 from collections.abc import Callable, Sequence
+from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -74,7 +75,7 @@ def server(arguments: Sequence[str]) -> None:
     settings = read_settings(given.folder, "server")
     check_server(given.folder, settings.address)
     run = _configure(given.folder, options)
-    _silence_flower(given.folder)
+    _prepare_flower(given.folder)
     from fedsp.server_app import run_server
 
     run_server(run, given.folder, settings)
@@ -99,7 +100,7 @@ def client(arguments: Sequence[str]) -> None:
     # the outline is beside the configuration, wherever the package was put
     outline = f"--model.init_args.backbone.name_or_path={given.folder / 'model'}"
     run = _configure(given.folder, [outline, *options])
-    _silence_flower(given.folder)
+    _prepare_flower(given.folder)
     from fedsp.client_app import run_client
 
     run_client(run, given.folder, settings)
@@ -168,8 +169,12 @@ def _configure(folder: Path, options: Sequence[str]) -> "FederatedCLI":
     )
 
 
-def _silence_flower(folder: Path) -> None:
+def _prepare_flower(folder: Path) -> None:
     """Switch off what Flower would send to its makers, before it is imported."""
+    if find_spec("flwr") is None:
+        raise ModuleNotFoundError(
+            'A live federation needs Flower, which is not installed: pip install "fedsp[flower]".'
+        )
     os.environ["FLWR_TELEMETRY_ENABLED"] = "0"
     os.environ["FLWR_DISABLE_UPDATE_CHECK"] = "1"
     os.environ["FLWR_HOME"] = str(folder / "flower")
