@@ -49,6 +49,9 @@ class Answers(Executor):
     def commit(self) -> None:
         pass
 
+    def most_answers(self) -> int:
+        return 7
+
     def metrics(self) -> dict[str, float]:
         return {"round/absent_clients": 1.0}
 
@@ -72,6 +75,7 @@ def rounds(folder: Path, run_dir: Path, devices: int, fails: bool = False) -> di
     return {
         "absent": [metrics["round/absent_clients"] for metrics in trainer.history.rounds],
         "clients": [metrics["round/clients"] for metrics in trainer.history.rounds],
+        "answers": trainer.federation.executor.most_answers(),
         "payload": {name: tensor.flatten().tolist() for name, tensor in payload.items()},
     }
 
@@ -82,6 +86,7 @@ def test_all_processes_hear_what_the_first_one_hears(tmp_path: Path) -> None:
     assert first == second
     assert_close(first, alone)
     assert alone["clients"] == [3.0] * 3
+    assert alone["answers"] == 7
 
 
 @pytest.mark.filterwarnings("ignore")

@@ -211,6 +211,27 @@ def test_a_client_without_its_handout_gets_it_again(
     assert [party for party, request in link.asked if request.handout] == ["beta"]
 
 
+def test_what_was_asked_counts_as_answered_in_all_starts(
+    link: Scripted, make: Callable[..., RemoteExecutor]
+) -> None:
+    """A budget is told by it: beta may have answered each time, whatever arrived."""
+    assert make().most_answers() == 0
+    run(make(), 0)
+    answered = []
+
+    def lose_the_first(party: str, request: Request) -> None:
+        if party == "beta" and not answered:
+            answered.append(request)
+            link.sessions["beta"] = "2"
+        else:
+            link.reply(party, request)
+
+    link.on_request = lose_the_first
+    run(make(), 1)
+    assert [party for party, _ in link.asked].count("beta") == 3
+    assert make().most_answers() == 3
+
+
 def test_a_client_that_never_keeps_its_handout_gets_it_no_third_time(
     link: Scripted, make: Callable[..., RemoteExecutor], told: list[str]
 ) -> None:

@@ -91,3 +91,8 @@ class RelayExecutor(Executor):
         own = {} if self._first is None else self._first.metrics()
         metrics: dict[str, float] = json.loads(self._ranks.of_first(json.dumps(own).encode()))
         return metrics
+
+    def most_answers(self) -> int:
+        """Return the first rank's figure on every rank."""
+        own = 0 if self._first is None else self._first.most_answers()
+        return int(self._ranks.of_first(str(own).encode()))

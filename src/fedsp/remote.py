@@ -3,8 +3,8 @@
 It knows who is there, whom it asked and how long it waits; nothing of networks.
 """
 
-import hashlib
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
@@ -12,7 +12,7 @@ from typing import Any, Protocol
 from uuid import uuid4
 
 from fedsp.executors import Executor, Reply
-from fedsp.ledger import Ledger, digest
+from fedsp.ledger import Ledger, digest, read_ledger
 from fedsp.messages import MessageError
 from fedsp.wire import Answer, Record, Request, read_answer, to_record
 
@@ -199,7 +199,7 @@ class RemoteExecutor(Executor):
             client_id=client_id,
             participations=self.deal.participations,
             terms=self.deal.terms,
-            handout_sha256=hashlib.sha256(self.deal.handout).hexdigest(),
+            handout_sha256=self._handout_digest[-1],
             handout=handout,
             broadcast=broadcast,
         )
@@ -241,6 +241,18 @@ class RemoteExecutor(Executor):
 
     def commit(self) -> None:
         """Do nothing: clients keep their states themselves."""
+
+    def most_answers(self) -> int:
+        """Return how often the client that was asked most was asked, in all starts of the run.
+
+        What a client was asked it may have answered, also where nothing came: each has its own
+        count, and this one is never below it.
+        """
+        if self.ledger.path is None:
+            return 0
+        rows = read_ledger(self.ledger.path)
+        asked = Counter(row["client"] for row in rows if row["kind"] == "server_broadcast")
+        return max(asked.values(), default=0)
 
     def metrics(self) -> dict[str, float]:
         """Return how many did not answer in time, refused, and came too late in the last round."""
