@@ -30,7 +30,7 @@ from fedsp.pretrained import ASSETS, BackboneSpec, save_outline
 _WORKING = ("run", "flower")
 # what a client needs to know of the global model and of the run; the rest is the server's own
 _CLIENT_TRAINER = ("precision", "num_rounds", "sampler", "communication", "seed")
-_CLIENT_MODEL = ("backbone", "auxiliary", "tuned_weights")
+_CLIENT_MODEL = ("auxiliary", "tuned_weights")
 _CLIENT_DATA = ("task", "batching", "tokenizer", "max_tokens", "seed")
 
 

@@ -121,12 +121,13 @@ class RemoteExecutor(Executor):
         self._wait_for_enough(round_idx, cohort)
         sessions: dict[int, str] = {}
         waiting, given_again = set(cohort), set[int]()
+        described = digest(broadcast)
         deadline = time.monotonic() + self.patience.round_seconds
         while waiting and (left := deadline - time.monotonic()) > 0:
             for client_id, session in self._newly_there(waiting, sessions):
                 if client_id not in sessions:
                     on_start(client_id)
-                self._ask(round_idx, client_id, broadcast)
+                self._ask(round_idx, client_id, broadcast, described)
                 sessions[client_id] = session
             if not waiting & sessions.keys():
                 break  # all who were asked have answered; nobody waits for those who never came
@@ -137,7 +138,7 @@ class RemoteExecutor(Executor):
                 if answer.kind == "handout_missing" and client_id in waiting - given_again:
                     given_again.add(client_id)
                     self._handed_out.discard(client_id)
-                    self._ask(round_idx, client_id, broadcast)
+                    self._ask(round_idx, client_id, broadcast, described)
                 elif answer.kind == "update":
                     waiting.discard(client_id)
                     yield Reply(client_id, answer.update, {})
@@ -190,7 +191,9 @@ class RemoteExecutor(Executor):
             for party, record in self.link.receive(POLL_SECONDS):
                 self._read(party, record, round_idx)
 
-    def _ask(self, round_idx: int, client_id: int, broadcast: bytes) -> None:
+    def _ask(
+        self, round_idx: int, client_id: int, broadcast: bytes, described: tuple[Any, int, str]
+    ) -> None:
         handout = b"" if client_id in self._handed_out else self.deal.handout
         request = Request(
             request_id=uuid4().hex,
@@ -205,7 +208,7 @@ class RemoteExecutor(Executor):
         )
         if handout:
             self.ledger.record_digest(round_idx, client_id, "down", *self._handout_digest)
-        self.ledger.record(round_idx, client_id, "down", broadcast)
+        self.ledger.record_digest(round_idx, client_id, "down", *described)
         self._asked[request.request_id] = (round_idx, client_id)
         self.link.send(self.deal.parties[client_id], to_record(request))
         self._handed_out.add(client_id)
