@@ -209,9 +209,21 @@ def race(case: Case, precision: str, rounds: int) -> Race:
         precision: `fp32`, or `bf16`: weights of the global model and autocast.
         rounds: How many.
     """
-    bf16 = precision == "bf16"
+    result = Race(case, precision == "bf16")
+    fit(case, result, rounds, bf16=result.bf16)
+    return result
+
+
+def fit(case: Case, callback: FederatedCallback, rounds: int, *, bf16: bool = False) -> None:
+    """Run fedsp as a user does, without evaluation.
+
+    Args:
+        case: The round.
+        callback: Sees the run.
+        rounds: How many.
+        bf16: Whether the global model's weights and the arithmetic are bfloat16.
+    """
     dtype: Literal["bfloat16", "float32"] = "bfloat16" if bf16 else "float32"
-    result = Race(case, bf16)
     packages = PACKAGES[: case.clients]
     with tempfile.TemporaryDirectory() as folder:
         server = ServerModule(
@@ -237,12 +249,11 @@ def race(case: Case, precision: str, rounds: int) -> Race:
             accelerator="cpu",
             precision="bf16-mixed" if bf16 else "32-true",
             num_rounds=rounds,
-            callbacks=[result],
+            callbacks=[callback],
             run_dir=f"{folder}/run",
             enable_progress_bar=False,
         )
         trainer.fit(server, client, data)
-    return result
 
 
 def report(name: str, precision: str, result: Race) -> str:
