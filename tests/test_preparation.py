@@ -408,7 +408,7 @@ def test_two_whole_runs_share_a_distilled_model_and_end_alike(tmp_path: Path) ->
 def overlapping(folder: Path) -> Any:
     """The public file holds three of the clients' rows and one of its own."""
     data = ready_data(folder, public=None, server=None)
-    owned = [data.clients.load()[row] for row in data._clients[0].rows[:3]]
+    owned = [data.clients.load()[row] for row in data._divided().clients[0].rows[:3]]
     lines = [
         f'{{"prompt": "{row["prompt"]}", "completion": "{row["completion"]}"}}' for row in owned
     ]

@@ -1,12 +1,9 @@
 """The data of a federation: four splits, and a partition for every client.
 
-Rows are read, carved, partitioned, tokenised and batched here by the parts of the layer below.
-Rounds, cohorts and models are unknown here.
+Rows are read here; the layers below divide, tokenise and batch them. Rounds, cohorts and models are
+unknown here.
 """
 
-from collections.abc import Iterator
-from contextlib import contextmanager
-from functools import partial
 from itertools import chain
 from typing import Any, cast
 
@@ -17,21 +14,18 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 from transformers import PreTrainedTokenizerBase
 
-from fedsp.batching import Batching, StepBatches, eval_batches, make_loader
-from fedsp.collate import collate, collate_choices, collate_prompts
+from fedsp.batching import Batching
+from fedsp.division import Division, Encoder, divide, naming
 from fedsp.examples import TokenStore
-from fedsp.partition import Parties, Partitioner, carve
-from fedsp.portions import Limit, Portion, check_filled, fit_portion, pool, warn_of_losses
+from fedsp.loaders import Loaders
+from fedsp.partition import Parties, Partitioner
+from fedsp.portions import Portion, pool
 from fedsp.pretrained import BackboneSpec, check_vocabulary, load_tokenizer, resolve
 from fedsp.run_folder import cache_folder
-from fedsp.sources import DataSource, content_hash
+from fedsp.sources import DataSource
 from fedsp.tasks import Task
-from fedsp.token_cache import load_or_build
-from fedsp.tokenization import leading_ids, tokenizer_hash
 
 Split = DataSource | int | float | str | None
-# The order in which rows are carved out: a split is the same whatever comes after it.
-_SPLITS = ("test", "selection", "server", "public")
 _DEFAULT_BATCHING = Batching()
 
 
@@ -109,9 +103,7 @@ class FederatedDataModule(LightningDataModule):
         self.client_names: list[str] = []
         self._tokenizer: PreTrainedTokenizerBase | None = None
         self._datasets: dict[str, Dataset] = {}
-        self._portions: dict[str, Portion] = {}
-        self._clients: dict[int, Portion] = {}
-        self._is_set_up = False
+        self._division: Division | None = None
 
     def _resolve(self, role: str, split: Split) -> DataSource | int | float | None:
         if self.clients is None and isinstance(split, int | float | str):
@@ -121,7 +113,7 @@ class FederatedDataModule(LightningDataModule):
             )
         if self.clients is None or not isinstance(split, str):
             return cast(DataSource | int | float | None, split)
-        with self._naming(role):
+        with naming(role):
             return self.clients.other_split(split)
 
     def limit_tokens(self, max_tokens: int) -> None:
@@ -146,7 +138,7 @@ class FederatedDataModule(LightningDataModule):
                 "the two."
             )
         if self.max_tokens is None:
-            if self._is_set_up:
+            if self._division is not None:
                 raise RuntimeError("`limit_tokens` must be called before `setup`.")
             self.max_tokens = max_tokens
 
@@ -165,10 +157,11 @@ class FederatedDataModule(LightningDataModule):
 
     def prepare_data(self) -> None:
         """Download, read and tokenise, so that other processes find everything in the caches."""
-        if not self._is_set_up:
+        if self._division is None:
             self._read()
+            encoder = self._encoder()
             for role, dataset in self._datasets.items():
-                self._encode(role, dataset)
+                encoder.encode(role, dataset)
 
     def setup(self, stage: str | None = None) -> None:
         """Read, carve, partition and tokenise once; all stages share the result.
@@ -179,94 +172,29 @@ class FederatedDataModule(LightningDataModule):
         Raises:
             ValueError: If the data cannot be what the configuration says.
         """
-        if self._is_set_up:
+        if self._division is not None:
             return
         self._read()
-        if self.clients is None:
-            self._fill({})
-            self.client_names = self.partitioner.names(Dataset.from_dict({}))
-        else:
-            self._divide(self._datasets["clients"])
-        self._is_set_up = True
-
-    def _divide(self, source: Dataset) -> None:
-        """Carve the held-out rows off the clients' source and hand the rest out."""
         sizes = {name: size for name, size in self.splits.items() if isinstance(size, int | float)}
-        carved, left = carve(
-            source, sizes, stratify_by=self.partitioner.stratify_by, seed=self.seed
-        )
-        rest = source.select(left)
-        parts = [[left[row] for row in part] for part in self.partitioner(rest, self.seed)]
-        self.client_names = self.partitioner.names(rest)
-        stored = self._encode("clients", source)
-        self._fill({name: self._carved(name, stored, rows) for name, rows in carved.items()})
-        # the other parties of a live federation have no rows here
-        owned = {idx: part for idx, part in enumerate(parts) if part}
-        self._clients = {idx: self._portion("clients", stored, part) for idx, part in owned.items()}
-        warn_of_losses("data.clients", list(self._clients.values()), self.max_tokens)
-        for idx, portion in self._clients.items():
-            owner = f"Client {self.client_names[idx]!r} of `data.clients`"
-            check_filled(owner, portion, self.max_tokens)
-        if self.pool_clients:
-            server = [self._portions["server"]] if "server" in self._portions else []
-            self._portions["server"] = pool([*server, *self._clients.values()])
-
-    def _fill(self, carved: dict[str, Portion]) -> None:
-        """Make the splits, of what is carved and of the sources of their own."""
-        for name in _SPLITS:
-            if name in carved:
-                portion = carved[name]
-            elif name in self._datasets:
-                own = self._encode(name, self._datasets[name])
-                portion = self._portion(name, own, list(range(len(own))))
-            else:
-                continue
-            warn_of_losses(f"data.{name}", [portion], self.max_tokens)
-            check_filled(f"`data.{name}`", portion, self.max_tokens)
-            self._portions[name] = portion
+        encoder = self._encoder()
+        division = divide(self._datasets, sizes, self.partitioner, encoder, seed=self.seed)
+        splits = division.splits
         if self._public_is_servers:
-            self._portions["public"] = self._portions["server"]
+            splits["public"] = splits["server"]
+        if self.pool_clients and self.clients is not None:
+            server = [splits["server"]] if "server" in splits else []
+            splits["server"] = pool([*server, *division.clients.values()])
+        self.client_names, self._division = division.client_names, division
 
     def _read(self) -> None:
         for role, source in {"clients": self.clients, **self.splits}.items():
             if isinstance(source, DataSource) and role not in self._datasets:
-                with self._naming(role):
+                with naming(role):
                     self._datasets[role] = source.load()
 
-    def _encode(self, role: str, dataset: Dataset) -> TokenStore:
-        task, tokenizer = self._task(role), self.tokenizer
-        with self._naming(role):
-            if self.cache_dir is None:
-                return TokenStore.from_examples(task.encode_all(dataset, tokenizer))
-            key = f"{content_hash(dataset)}/{task!r}/{tokenizer_hash(tokenizer)}"
-            return load_or_build(self.cache_dir, key, lambda: task.encode_all(dataset, tokenizer))
-
-    def _carved(self, name: str, stored: TokenStore, rows: list[int]) -> Portion:
-        if self._task(name) is not self.task:
-            stored = self._encode(name, self._datasets["clients"].select(rows))
-            rows = list(range(len(rows)))
-        return self._portion(name, stored, rows)
-
-    def _portion(self, name: str, stored: TokenStore, rows: list[int]) -> Portion:
-        with self._naming(name):
-            documents = [stored[row] for row in rows]
-            examples, origins = self._task(name).pack(documents, self.max_tokens)
-        limit = Limit(self.max_tokens, num_leading=len(leading_ids(self.tokenizer)))
-        return fit_portion(examples, origins, limit, origin=stored, origin_rows=rows)
-
-    def _task(self, role: str) -> Task:
-        return self.public_task if role == "public" else self.task
-
-    @contextmanager
-    def _naming(self, role: str) -> Iterator[None]:
-        """Put the option whose data is at fault in front of an error."""
-        try:
-            yield
-        except ValueError as error:
-            text = str(error)
-            if self._task(role) is not self.task:
-                text = text.replace("`data.task.", "`data.public_task.")
-            raise ValueError(f"`data.{role}`: {text}") from error
+    def _encoder(self) -> Encoder:
+        tasks = (self.task, self.public_task)
+        return Encoder(*tasks, self.tokenizer, self.max_tokens, self.cache_dir)
 
     @property
     def tokenizer(self) -> PreTrainedTokenizerBase:
@@ -295,8 +223,7 @@ class FederatedDataModule(LightningDataModule):
         """
         known = self.partitioner.num_clients
         if known is None:
-            self._require_setup()
-            return len(self._clients)
+            return len(self._divided().clients)
         return known
 
     def client_num_examples(self, client_id: int) -> int:
@@ -314,13 +241,13 @@ class FederatedDataModule(LightningDataModule):
         Args:
             split: `server`, `public`, `selection` or `test`.
         """
-        self._require_setup()
-        return len(self._portions[split].store) if split in self._portions else 0
+        splits = self._divided().splits
+        return len(splits[split].store) if split in splits else 0
 
     def num_tokens(self, split: str) -> int:
         """Return the text tokens of a split, all choices included, 0 where there is none."""
-        self._require_setup()
-        return self._portions[split].store.num_tokens if split in self._portions else 0
+        splits = self._divided().splits
+        return splits[split].store.num_tokens if split in splits else 0
 
     def has_choices(self, split: str) -> bool:
         """Whether some example of an existing split has several completions to choose from."""
@@ -337,16 +264,7 @@ class FederatedDataModule(LightningDataModule):
 
     def describe(self) -> dict[str, Any]:
         """Return the number of examples of every split and client, and of those cut or left out."""
-        self._require_setup()
-        counts: dict[str, Any] = {name: self.num_examples(name) for name in _SPLITS}
-        named = {self.client_names[idx]: portion for idx, portion in self._clients.items()}
-        counts["clients"] = {name: len(portion.store) for name, portion in named.items()}
-        owners = {"clients": [*named.values()], **{name: [p] for name, p in self._portions.items()}}
-        for key in ("num_cut", "num_left_out"):
-            counts[key] = {
-                name: sum(getattr(p, key) for p in owned) for name, owned in owners.items()
-            }
-        return counts
+        return self._divided().describe()
 
     def sample_ids(self, num_tokens: int) -> list[int]:
         """Return the first token ids of text that the server may see, to initialise a prompt from.
@@ -358,10 +276,10 @@ class FederatedDataModule(LightningDataModule):
             Examples of the server's split, else the public, else the selection split, joined;
             empty if there is none of these splits.
         """
-        self._require_setup()
+        splits = self._divided().splits
         for name in ("server", "public", "selection"):
-            if name in self._portions:
-                return self._portions[name].store.head(num_tokens)
+            if name in splits:
+                return splits[name].store.head(num_tokens)
         return []
 
     def token_counts(self, vocab_size: int) -> Tensor:
@@ -373,48 +291,49 @@ class FederatedDataModule(LightningDataModule):
         Returns:
             [V] int64, all zero where there is neither split.
         """
-        self._require_setup()
+        splits = self._divided().splits
         counts = torch.zeros(vocab_size, dtype=torch.long)
         for name in ("server", "public"):
-            if name in self._portions:
-                counts += torch.from_numpy(self._portions[name].store.counts(vocab_size))
+            if name in splits:
+                counts += torch.from_numpy(splits[name].store.counts(vocab_size))
         return counts
 
     def public_overlap(self) -> int:
         """Return how many public examples have the same tokens as some client's example."""
-        self._require_setup()
-        if "public" not in self._portions:
-            return 0
-        marks = {self.tokenizer.bos_token_id, self.tokenizer.eos_token_id}
-        owned = {text for portion in self._clients.values() for text in portion.texts(marks)}
-        return sum(text in owned for text in self._portions["public"].texts(marks))
+        division = self._divided()
+        return division.public_overlap({self.tokenizer.bos_token_id, self.tokenizer.eos_token_id})
 
     def raw_row(self, row_idx: int, split: str = "test") -> dict[str, Any]:
         """Return the fields of a split's row by the `row` of a batch of prompts."""
         return dict(self._datasets[split if split in self._datasets else "clients"][row_idx])
 
-    def _require_setup(self) -> None:
-        if not self._is_set_up:
+    def _divided(self) -> Division:
+        if self._division is None:
             raise RuntimeError("The data is not read yet: call `setup` first.")
+        return self._division
 
     def _existing(self, name: str) -> Portion:
-        self._require_setup()
-        if name not in self._portions:
+        splits = self._divided().splits
+        if name not in splits:
             raise ValueError(
                 f"`data.{name}` is null, but its data is needed. Give it a source of its own, a "
                 "number of rows or a fraction of `data.clients`."
             )
-        return self._portions[name]
+        return splits[name]
 
     def _client(self, client_id: int) -> Portion:
-        self._require_setup()
+        clients = self._divided().clients
         if not 0 <= client_id < len(self.client_names):
             raise ValueError(
                 f"A client id must be in [0, {len(self.client_names)}), got {client_id}."
             )
-        if client_id not in self._clients:
+        if client_id not in clients:
             raise ValueError(f"The data of client {self.client_names[client_id]!r} is not here.")
-        return self._clients[client_id]
+        return clients[client_id]
+
+    def _loaders(self) -> Loaders:
+        self._divided()  # before `setup` that is what is missing, not the tokenizer
+        return Loaders(self.batching, int(self.tokenizer.pad_token_id), self.seed)
 
     def client_dataloader(
         self, client_id: int, *, start_step: int, num_steps: int
@@ -427,34 +346,35 @@ class FederatedDataModule(LightningDataModule):
             num_steps: Number of batches.
         """
         store = self._client(client_id).store
-        return self._train_loader(store, "client", client_id, start_step, num_steps)
+        return self._loaders().stream(
+            store, "client", client_id, start_step=start_step, num_steps=num_steps
+        )
 
     def server_dataloader(self, *, start_step: int, num_steps: int) -> DataLoader[Any]:
         """Return batches of the server's endless stream; see `client_dataloader`."""
         store = self._existing("server").store
-        return self._train_loader(store, "server", -1, start_step, num_steps)
+        return self._loaders().stream(store, "server", start_step=start_step, num_steps=num_steps)
 
     def public_dataloader(self, *, start_step: int, num_steps: int) -> DataLoader[Any]:
         """Return batches of the public data's endless stream; see `client_dataloader`."""
         store = self._existing("public").store
-        return self._train_loader(store, "public", -1, start_step, num_steps)
+        return self._loaders().stream(store, "public", start_step=start_step, num_steps=num_steps)
 
     def train_dataloader(self) -> DataLoader[Any]:
         """Return one epoch of the server's data; without any, of all clients' data together."""
-        self._require_setup()
-        if "server" in self._portions:
-            return self._train_loader(self._portions["server"].store, "server", -1, 0, None)
-        examples = chain.from_iterable(portion.store for portion in self._clients.values())
-        union = TokenStore.from_examples(examples)
-        return self._train_loader(union, "all-clients", -1, 0, None)
+        division = self._divided()
+        if "server" in division.splits:
+            return self._loaders().stream(division.splits["server"].store, "server")
+        examples = chain.from_iterable(portion.store for portion in division.clients.values())
+        return self._loaders().stream(TokenStore.from_examples(examples), "all-clients")
 
     def val_dataloader(self) -> DataLoader[Any]:
         """Return the selection split once, a question with all its choices a row."""
-        return self._eval_loader(self._existing("selection").store)
+        return self._loaders().evaluation(self._existing("selection").store)
 
     def test_dataloader(self) -> DataLoader[Any]:
         """Return the test split once, a question with all its choices a row."""
-        return self._eval_loader(self._existing("test").store)
+        return self._loaders().evaluation(self._existing("test").store)
 
     def predict_dataloader(self) -> DataLoader[Any]:
         """Return the test split's prompts once, padded on the left, each with its raw row."""
@@ -470,47 +390,6 @@ class FederatedDataModule(LightningDataModule):
         Raises:
             ValueError: If the task gives no prompts, or the room is not there.
         """
-        portion = self._existing(split)
-        prompts = [len(example.prompt_ids) for example in portion.store]
-        if portion.rows is None or 0 in prompts:
-            raise ValueError(
-                "`fedsp predict` and `trainer.evaluation.generate_tokens` continue prompts, and "
-                "`data.task` gives examples without one. Use a task with a prompt, such as "
-                "fedsp.tasks.PromptCompletion."
-            )
-        if self.max_tokens is not None and max(prompts) + new_tokens > self.max_tokens:
-            raise ValueError(
-                f"`trainer.evaluation.generate_tokens` must be at most "
-                f"{self.max_tokens - max(prompts)}, what the longest prompt of `data.{split}` "
-                f"leaves of {self.max_tokens} tokens, got {new_tokens}."
-            )
-        batches = eval_batches(prompts, [1] * len(prompts), self.batching.eval_batch_size)
-        pad_id, rows, store = self._pad_id(), portion.rows, portion.store
-
-        def collate_rows(indices: list[int]) -> dict[str, Tensor]:
-            return collate_prompts([store[i] for i in indices], pad_id, [rows[i] for i in indices])
-
-        return make_loader(range(len(prompts)), batches, collate_rows)
-
-    def _train_loader(
-        self, store: TokenStore, owner: str, client_id: int, start_step: int, num_steps: int | None
-    ) -> DataLoader[Any]:
-        batches = StepBatches(
-            store.lengths(),
-            self.batching,
-            seed=self.seed,
-            owner=owner,
-            client_id=client_id,
-            start_step=start_step,
-            num_steps=num_steps,
+        return self._loaders().prompts(
+            self._existing(split), split, max_tokens=self.max_tokens, new_tokens=new_tokens
         )
-        return make_loader(store, batches, partial(collate, pad_id=self._pad_id()))
-
-    def _eval_loader(self, store: TokenStore) -> DataLoader[Any]:
-        lengths = [example.num_packed_tokens for example in store]
-        num_choices = [len(example.completions) for example in store]
-        batches = eval_batches(lengths, num_choices, self.batching.eval_batch_size)
-        return make_loader(store, batches, partial(collate_choices, pad_id=self._pad_id()))
-
-    def _pad_id(self) -> int:
-        return int(self.tokenizer.pad_token_id)
