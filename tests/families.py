@@ -1,12 +1,15 @@
 """Tiny random models of every supported family, with weights large enough to see effects."""
 
 import warnings
+from dataclasses import replace
 from typing import Any
 
 import torch
 from peft import PrefixTuningConfig, get_peft_model
+from torch import Tensor
 
-from fedsp.backbone import Backbone, BackboneSpec, load_backbone
+from fedsp.backbone import Backbone, load_backbone
+from fedsp.pretrained import BackboneSpec
 
 VOCAB = 96
 POSITIONS = 64
@@ -60,6 +63,7 @@ _CONFIGS: dict[str, dict[str, Any]] = {
 
 FAMILIES = list(_CONFIGS)
 LEARNED_POSITIONS = ["gpt2", "opt"]
+SLIDING = ["gemma2", "gemma3_text", "mistral"]
 ROTARY = [family for family in FAMILIES if family not in LEARNED_POSITIONS]
 WITH_KERNELS = [
     (family, kernel)
@@ -138,3 +142,11 @@ def peft_model(backbone: Backbone, prefix: torch.Tensor) -> Any:
     with torch.no_grad():
         weight.copy_(prefix.permute(3, 0, 1, 2, 4).reshape(prefix.shape[3], -1))
     return model, weight
+
+
+def at_offset(backbone: Backbone, position_offset: int | None) -> Backbone:
+    return Backbone(backbone.model, replace(backbone.spec, position_offset=position_offset))
+
+
+def logits_of(backbone: Backbone, ids: Tensor, mask: Tensor, prefix: Tensor | None) -> Tensor:
+    return backbone.logits(backbone.hidden_states(ids, mask, prefix))

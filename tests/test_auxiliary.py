@@ -19,6 +19,7 @@ from families import (
 )
 from fedsp.auxiliary import Auxiliary, AuxiliaryRecipe, KeptLayers, SharedCell
 from fedsp.backbone import Backbone
+from fedsp.generation import generate
 
 P = 5
 EVERY_FAMILY = pytest.mark.parametrize("family", FAMILIES)
@@ -203,7 +204,7 @@ def test_generation_of_mixed_formats_is_refused() -> None:
     auxiliary = SharedCell().build(tiny_backbone("llama", dtype="bfloat16"))
     ids = torch.ones(1, 3, dtype=torch.long)
     with pytest.raises(RuntimeError, match="`generate` needs embeddings and layers of one dtype"):
-        auxiliary.backbone.generate(ids, torch.ones_like(ids), max_new_tokens=1)
+        generate(auxiliary.backbone, ids, torch.ones_like(ids), max_new_tokens=1)
 
 
 @EVERY_RECIPE
@@ -214,8 +215,8 @@ def test_an_auxiliary_generates_with_a_prompt(recipe: AuxiliaryRecipe, sources: 
     ids = torch.tensor([[5, 6, 7]])
     options: dict[str, Any] = {"max_new_tokens": 5, "do_sample": False, "eos_token_id": None}
     options["pad_token_id"] = 0
-    got = recipe.build(backbone).backbone.generate(ids, torch.ones_like(ids), prefix, **options)
-    assert torch.equal(got, truth.generate(ids, torch.ones_like(ids), prefix, **options))
+    got = generate(recipe.build(backbone).backbone, ids, torch.ones_like(ids), prefix, **options)
+    assert torch.equal(got, generate(truth, ids, torch.ones_like(ids), prefix, **options))
 
 
 def moved(auxiliary: Auxiliary) -> Auxiliary:

@@ -8,15 +8,16 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from torch import Tensor
 
 from families import (
     FAMILIES,
-    LEARNED_POSITIONS,
     POSITIONS,
     ROTARY,
+    SLIDING,
     VOCAB,
     WITH_KERNELS,
+    at_offset,
+    logits_of,
     peft_model,
     random_prefix,
     random_text,
@@ -24,20 +25,12 @@ from families import (
     tiny_config,
     tiny_spec,
 )
-from fedsp.backbone import Backbone, BackboneSpec, load_backbone
+from fedsp.backbone import Backbone, load_backbone
+from fedsp.pretrained import BackboneSpec
 
 P = 5
-SLIDING = ["gemma2", "gemma3_text", "mistral"]
 EVERY_FAMILY = pytest.mark.parametrize("family", FAMILIES)
 EVERY_KERNEL = pytest.mark.parametrize(("family", "kernel"), WITH_KERNELS)
-
-
-def at_offset(backbone: Backbone, position_offset: int | None) -> Backbone:
-    return Backbone(backbone.model, replace(backbone.spec, position_offset=position_offset))
-
-
-def logits_of(backbone: Backbone, ids: Tensor, mask: Tensor, prefix: Tensor | None) -> Tensor:
-    return backbone.logits(backbone.hidden_states(ids, mask, prefix))
 
 
 @EVERY_KERNEL
@@ -120,9 +113,6 @@ def test_a_prompt_longer_than_the_window_is_kept_whole(family: str) -> None:
     whole = logits_of(backbone, ids, mask, None)[:, 11:]
     got = logits_of(backbone, ids[:, 11:], mask[:, 11:], prefix)
     torch.testing.assert_close(got, whole, atol=1e-5, rtol=1e-5)
-    options = {"max_new_tokens": 4, "do_sample": False, "pad_token_id": 0, "eos_token_id": None}
-    generated = backbone.generate(ids[:, 11:], mask[:, 11:], prefix, **options)[0, 5:]
-    assert generated.tolist() == greedy(backbone, ids, None, 4)
 
 
 @pytest.mark.parametrize("family", SLIDING)
@@ -137,51 +127,6 @@ def test_the_prompt_slides_out_of_a_sliding_window(family: str) -> None:
     )
     changed = (near - far).abs().amax(dim=(0, 2)) > 1e-6
     assert changed.tolist() == [True] * 3 + [False] * 9
-
-
-@pytest.mark.parametrize("family", ROTARY)
-def test_rotated_keys_give_the_logits_of_the_other_position_convention(family: str) -> None:
-    backbone = tiny_backbone(family)
-    ids, mask = random_text()
-    valid = mask.bool()
-    prefix = random_prefix(backbone, P)
-    from_zero = logits_of(at_offset(backbone, 0), ids, mask, prefix)[valid]
-    from_p = logits_of(backbone, ids, mask, prefix)[valid]
-    rotated = backbone.rotate_keys(prefix, P)
-    assert (from_zero - from_p).abs().max() > 1e-3, "the conventions differ"
-    assert (logits_of(backbone, ids, mask, rotated)[valid] - from_zero).abs().max() < 1e-5
-    assert (backbone.rotate_keys(rotated, -P) - prefix).abs().max() < 1e-5
-    assert torch.equal(rotated[:, 1], prefix[:, 1]), "values carry no position"
-
-
-def test_keys_of_scaled_rotary_positions_are_rotated_without_the_scale() -> None:
-    scaling = {
-        "rope_type": "yarn",
-        "factor": 4.0,
-        "original_max_position_embeddings": 16,
-        "rope_theta": 10000.0,
-    }
-    backbone = tiny_backbone("llama", config=tiny_config("llama", rope_parameters=scaling))
-    ids, mask = random_text()
-    prefix = random_prefix(backbone, P)
-    expected = logits_of(at_offset(backbone, 0), ids, mask, prefix)[mask.bool()]
-    got = logits_of(backbone, ids, mask, backbone.rotate_keys(prefix, P))[mask.bool()]
-    assert (got - expected).abs().max() < 1e-5
-
-
-@pytest.mark.parametrize("family", LEARNED_POSITIONS)
-def test_keys_of_learned_positions_cannot_be_rotated(family: str) -> None:
-    backbone = tiny_backbone(family)
-    with pytest.raises(ValueError, match=f"{family} has learned ones"):
-        backbone.rotate_keys(random_prefix(backbone), P)
-
-
-def test_a_rotation_of_another_kind_is_refused() -> None:
-    # Cohere turns neighbouring entries of a head, not its halves.
-    config = tiny_config("llama", model_type="cohere", logit_scale=1.0)
-    backbone = tiny_backbone("llama", config=config)
-    with pytest.raises(ValueError, match="and cohere does otherwise"):
-        backbone.rotate_keys(random_prefix(backbone), P)
 
 
 @EVERY_FAMILY
@@ -324,47 +269,6 @@ def test_checkpointing_replays_dropout() -> None:
     assert torch.equal(*gradients)
 
 
-def greedy(backbone: Backbone, ids: Tensor, prefix: Tensor | None, num_new: int) -> list[int]:
-    for _ in range(num_new):
-        logits = logits_of(backbone, ids, torch.ones_like(ids), prefix)
-        ids = torch.cat([ids, logits[:, -1:].argmax(-1)], dim=1)
-    return ids[0, -num_new:].tolist()
-
-
-@EVERY_KERNEL
-@pytest.mark.parametrize("position_offset", [None, 0])
-def test_generation_equals_a_greedy_loop_by_hand(
-    family: str, kernel: str, position_offset: int | None
-) -> None:
-    backbone = at_offset(tiny_backbone(family, kernel), position_offset)
-    long, short = random_text(rows=1, length=9)[0], random_text(rows=1, length=5, seed=9)[0]
-    ids = torch.cat([long, F.pad(short, (4, 0))])
-    mask = torch.ones_like(ids)
-    mask[1, :4] = 0
-    options = {"max_new_tokens": 6, "do_sample": False, "pad_token_id": 0, "eos_token_id": None}
-    for prefix in (random_prefix(backbone, P), None):
-        got = backbone.generate(ids, mask, prefix, **options)[:, 9:].tolist()
-        assert got == [greedy(backbone, text, prefix, 6) for text in (long, short)]
-
-
-def test_beam_search_equals_pefts() -> None:
-    backbone = tiny_backbone("llama")
-    ids, mask = random_text(rows=1)
-    prefix = random_prefix(backbone, P)
-    options = {"max_new_tokens": 5, "num_beams": 3, "pad_token_id": 0, "eos_token_id": None}
-    got = backbone.generate(ids, mask, prefix, num_return_sequences=2, **options)
-    model, _ = peft_model(tiny_backbone("llama"), prefix)
-    expected = model.generate(input_ids=ids, attention_mask=mask, num_return_sequences=2, **options)
-    assert got.tolist() == expected.tolist()
-
-
-def test_generation_needs_padding_on_the_left() -> None:
-    backbone = tiny_backbone("llama")
-    ids, mask = random_text(rows=2)
-    with pytest.raises(ValueError, match="padded on the left, got padding on the right"):
-        backbone.generate(ids, mask, max_new_tokens=1)
-
-
 @pytest.mark.parametrize("family", ["gpt2", "opt", "llama"])
 def test_text_past_the_models_positions_is_refused_before_it_runs(family: str) -> None:
     backbone = tiny_backbone(family)
@@ -373,8 +277,6 @@ def test_text_past_the_models_positions_is_refused_before_it_runs(family: str) -
     message = f"has {POSITIONS} positions, virtual tokens and text need {POSITIONS + 1}"
     with pytest.raises(ValueError, match=message):
         backbone.hidden_states(ids, mask, prefix)
-    with pytest.raises(ValueError, match=message):
-        backbone.generate(ids[:, 2:], mask[:, 2:], prefix, max_new_tokens=2)
     with pytest.raises(ValueError, match=f"need {POSITIONS + 1}"):
         backbone.keys_values(torch.zeros(1, POSITIONS + 1, dtype=torch.long))
     assert backbone.hidden_states(ids[:, 1:], mask[:, 1:], prefix).isfinite().all()
@@ -387,8 +289,6 @@ def test_a_prompt_of_another_model_is_refused() -> None:
     for foreign in (torch.zeros(4, 2, 4, P, 8), torch.zeros(3, 2, 2, P, 8), torch.zeros(2, P, 8)):
         with pytest.raises(ValueError, match=r"= \[4, 2, 2, P, 8\] was expected"):
             backbone.hidden_states(ids, mask, foreign)
-        with pytest.raises(ValueError, match="was expected"):
-            backbone.rotate_keys(foreign, 1)
 
 
 def test_a_negative_position_offset_is_refused() -> None:

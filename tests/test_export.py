@@ -14,6 +14,7 @@ from torch import Tensor
 from families import ROTARY, random_prefix, random_text, tiny_backbone
 from fedsp.backbone import Backbone, load_backbone
 from fedsp.export import export_adapter, import_adapter
+from fedsp.generation import generate
 from fedsp.pretrained import BackboneSpec
 from fedsp.stages import Stage
 from tiny import GPT2, files, fit, make_client, make_data, make_server, make_trainer
@@ -227,8 +228,8 @@ def test_the_documented_code_completes_as_the_backbone_does(tmp_path: Path, dtyp
     names: dict[str, Any] = {}
     exec(code, names)
     ids = names["inputs"]["input_ids"]
-    output = backbone.generate(
-        ids, torch.ones_like(ids), prefix, max_new_tokens=20, do_sample=False
+    output = generate(
+        backbone, ids, torch.ones_like(ids), prefix, max_new_tokens=20, do_sample=False
     )
     text = names["tokenizer"].decode(output[0, ids.shape[1] :], skip_special_tokens=True)
     assert names["completion"]

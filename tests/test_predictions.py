@@ -9,6 +9,7 @@ import torch
 from lightning.fabric import Fabric
 
 from fedsp.batching import Batching
+from fedsp.generation import generate
 from fedsp.predictions import write_predictions
 from fedsp.server import ServerModule
 from tiny import fit, make_client, make_data, make_server, make_trainer
@@ -74,7 +75,7 @@ def test_every_test_row_is_completed_greedily_with_the_soft_prompt(
 def greedy_without_prompt(server: ServerModule, prompt: str) -> str:
     backbone = server.require_model()[0]
     ids = server.tokenizer(prompt, return_tensors="pt")["input_ids"]
-    output = backbone.generate(ids, torch.ones_like(ids), None, max_new_tokens=NEW)
+    output = generate(backbone, ids, torch.ones_like(ids), None, max_new_tokens=NEW)
     return server.tokenizer.decode(output[0, ids.shape[1] :], skip_special_tokens=True)
 
 

@@ -1,6 +1,6 @@
 """The frozen causal language model, run with a soft prompt.
 
-The only file that knows transformers' cache classes; nothing is trained here.
+Nothing is trained here, and nothing is written: see `fedsp.generation`.
 
 Axis letters: B batch, T text tokens, P virtual tokens, L layers, K key/value heads, D head size,
 E embedding size, V vocabulary, N label positions.
@@ -14,28 +14,23 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import PreTrainedModel
-from transformers.cache_utils import Cache, DynamicCache, DynamicLayer
 
 from fedsp.choice_tree import depths, predecessors, seen_text, tree_masks
-from fedsp.positions import mask_with_prompt, padding_to_the_right, rotate, text_positions
+from fedsp.positions import mask_with_prompt, padding_to_the_right, text_positions
+from fedsp.prefix_cache import ModelCache, check_prefix, empty_cache, read_only_cache, read_prefix
 from fedsp.pretrained import (
     NAME_OPTION,
     BackboneSpec,
-    KVShape,
     describe,
     find_layers,
     load_model,
     load_outline,
-    load_tokenizer,
-    resolve,
     text_option,
 )
 from fedsp.recompute import recomputed
 from fedsp.seeding import isolated_rng
-from fedsp.shards import is_sharded, run_parts
+from fedsp.shards import run_parts
 from fedsp.vocabulary import IGNORED_LABEL, Vocabulary
-
-__all__ = ["Backbone", "BackboneSpec", "KVShape", "load_backbone", "load_tokenizer", "resolve"]
 
 
 def load_backbone(spec: BackboneSpec, *, seed: int = 0) -> "Backbone":
@@ -123,6 +118,11 @@ class Backbone(nn.Module):
         return find_layers(self.model)
 
     @property
+    def rotary(self) -> nn.Module | None:
+        """The decoder's rotary embedding; None where it has learned positions."""
+        return dict(self.decoder.named_children()).get("rotary_emb")
+
+    @property
     def dtype(self) -> torch.dtype:
         """Number format of the decoder layers."""
         return next(p.dtype for p in self.layers.parameters() if p.is_floating_point())
@@ -148,10 +148,10 @@ class Backbone(nn.Module):
     def _hidden_states(
         self, input_ids: Tensor, attention_mask: Tensor, prefix: Tensor | None
     ) -> Tensor:
-        start = self._start(prefix)
-        self._check_length(start + input_ids.shape[1])
-        cache = self._read_only_cache(prefix)
-        if cache is None or not self._slides(cache.get_seq_length() + input_ids.shape[1]):
+        start = self.text_start(prefix)
+        self.check_length(start + input_ids.shape[1])
+        cache = read_only_cache(prefix)
+        if cache is None or not self.slides(cache.get_seq_length() + input_ids.shape[1]):
             return self._run(input_ids, attention_mask, cache, start)
         # Windows count places, padding included: on the left it would push the prompt away.
         there, back = padding_to_the_right(attention_mask)
@@ -259,14 +259,14 @@ class Backbone(nn.Module):
         return logits if self.vocabulary is None else self.vocabulary.logits(logits)
 
     @torch.no_grad()
-    def keys_values(self, input_ids: Tensor) -> Tensor:
-        """Return the keys and values of real tokens, placed right before the text to come.
-
-        With `position_offset: 0` that is at -P to -1 where positions are rotary; learned positions
-        have no such places, there it is 0 to P - 1.
+    def keys_values(self, input_ids: Tensor, start: int | None = None) -> Tensor:
+        """Return the keys and values of real tokens.
 
         Args:
             input_ids: [1, P] int64 token ids.
+            start: Position of the first one. None: they end right before the text to come; with
+                `position_offset: 0` that is at -P to -1 where positions are rotary; learned
+                positions have no such places, there it is 0 to P - 1.
 
         Returns:
             [L, 2, K, P, D] float32; as a prompt before a text it equals running both in one piece.
@@ -274,87 +274,13 @@ class Backbone(nn.Module):
         Raises:
             ValueError: If there are more tokens than positions.
         """
-        num_tokens = input_ids.shape[1]
-        offset = self.spec.position_offset
-        start = 0 if offset is None else offset - num_tokens
-        if self._rotary() is None:
-            start = max(start, 0)
-        self._check_length(start + num_tokens)
+        if start is None:
+            num_tokens, offset = input_ids.shape[1], self.spec.position_offset
+            start = 0 if offset is None else offset - num_tokens
+            if self.rotary is None:
+                start = max(start, 0)
+            self.check_length(start + num_tokens)
         return run_parts(self.model, self._keys_values, input_ids.to(self.model.device), start)
-
-    @torch.no_grad()
-    def generate(
-        self, input_ids: Tensor, attention_mask: Tensor, prefix: Tensor | None = None, **kwargs: Any
-    ) -> Tensor:
-        """Continue texts.
-
-        Args:
-            input_ids: [B, T] int64 token ids, padded on the left.
-            attention_mask: [B, T] int64, 1 where a token is real.
-            prefix: [L, 2, K, P, D] soft prompt or None.
-            **kwargs: Options of transformers' `generate`, such as `max_new_tokens`.
-
-        Returns:
-            [B, T + new] int64 token ids, the given ones included.
-
-        Raises:
-            ValueError: If the padding is on the right, the prompt's shape is not the model's, or
-                there are too few positions.
-            RuntimeError: If embeddings and layers differ in dtype, as in an auxiliary model whose
-                embeddings are a bfloat16 backbone's, its vocabulary is trimmed, or it is sharded.
-        """
-        if not bool(attention_mask[:, -1].all()):
-            raise ValueError("`generate` needs texts padded on the left, got padding on the right.")
-        if self.model.get_input_embeddings().weight.dtype != self.dtype:
-            raise RuntimeError("`generate` needs embeddings and layers of one dtype.")
-        if is_sharded(self.model):
-            raise RuntimeError("`generate` needs a model that is not sharded.")
-        if self.vocabulary is not None:
-            raise RuntimeError("`generate` needs a full vocabulary; this model's is trimmed.")
-        start = self._start(prefix)
-        length = start + input_ids.shape[1] + (kwargs.get("max_new_tokens") or 0)
-        self._check_length(length)
-        positions = text_positions(attention_mask, start)
-        if prefix is not None and prefix.shape[3] > 0:
-            if self._slides(length + prefix.shape[3]) and not bool(attention_mask.all()):
-                return self._generate_by_row(input_ids, attention_mask, prefix, kwargs)
-            beams = max(kwargs.get("num_beams", 1), kwargs.get("num_return_sequences", 1))
-            kwargs["past_key_values"] = self._growing_cache(prefix, len(input_ids) * beams)
-            attention_mask = mask_with_prompt(attention_mask, prefix.shape[3])
-        generate: Any = self.model.generate
-        return generate(input_ids, attention_mask=attention_mask, position_ids=positions, **kwargs)
-
-    @torch.no_grad()
-    def rotate_keys(self, prefix: Tensor, by: int) -> Tensor:
-        """Move a prompt's keys along the positions, so that a text `by` later has the same logits.
-
-        Args:
-            prefix: [L, 2, K, P, D] soft prompt.
-            by: Number of positions; P turns a prompt of `position_offset: 0` into a default one.
-
-        Returns:
-            [L, 2, K, P, D] prompt in the same dtype.
-
-        Raises:
-            ValueError: If the model has learned positions, or its rotation is not the usual one.
-        """
-        self._check_prefix(prefix)
-        kind, rotary = self.model.config.model_type, self._rotary()
-        if rotary is None:
-            raise ValueError(
-                f"a prompt can only be moved along rotary positions, and {kind} has learned ones: "
-                "trained with `model.backbone.position_offset: 0`, it fits no other offset."
-            )
-        ids = torch.arange(4, device=self.model.device)[None] % self.vocab_size
-        here, there = (self._keys_values(ids, start) for start in (0, by))
-        layer_types = text_option(self.model, "layer_types")
-        if not _close(rotate(here, rotary, by, layer_types), there, self.dtype):
-            raise ValueError(
-                "a prompt can only be moved where half of each head is turned against the other "
-                f"at fixed frequencies, and {kind} does otherwise. Keep `position_offset` as it is."
-            )
-        moved = rotate(prefix.to(self.model.device), rotary, by, layer_types)
-        return moved.to(prefix.device)
 
     @torch.no_grad()
     def check(self) -> None:
@@ -366,9 +292,9 @@ class Backbone(nn.Module):
         ids = torch.arange(4, device=self.model.device)[None] % self.vocab_size
         mask = torch.ones_like(ids)
         expected = self.model(input_ids=ids, attention_mask=mask, use_cache=False).logits[:, 2:]
-        prefix = run_parts(self.model, self._keys_values, ids[:, :2], 0)
+        prefix = self.keys_values(ids[:, :2], 0)
         got = run_parts(self.model, self._logits_behind, prefix, ids[:, 2:])
-        if not _close(got, expected, self.dtype):
+        if not is_close(got, expected, self.dtype):
             raise ValueError(
                 f"`{NAME_OPTION}` must be a causal language model whose logits are its output "
                 f"embedding of the last hidden states, got {self.model.config.model_type!r}, whose "
@@ -376,28 +302,47 @@ class Backbone(nn.Module):
             )
 
     def _logits_behind(self, prefix: Tensor, ids: Tensor) -> Tensor:
-        cache = self._read_only_cache(prefix)
+        cache = read_only_cache(prefix)
         return self._logits(self._run(ids, torch.ones_like(ids), cache, prefix.shape[3]))
 
-    def _start(self, prefix: Tensor | None) -> int:
-        """Return the position of the first text token."""
+    def text_start(self, prefix: Tensor | None) -> int:
+        """Return the position of the first text token behind a prompt.
+
+        Args:
+            prefix: [L, 2, K, P, D] soft prompt or None.
+
+        Raises:
+            ValueError: If the prompt's shape is not the model's.
+        """
         if prefix is not None:
-            self._check_prefix(prefix)
+            check_prefix(prefix, self.kv_shape)
         if self.spec.position_offset is not None:
             return self.spec.position_offset
         return 0 if prefix is None else prefix.shape[3]
 
-    def _slides(self, num_places: int) -> bool:
+    def slides(self, num_places: int) -> bool:
         """Whether some layer sees less than the last `num_places` keys."""
         return self._window is not None and num_places > self._window
 
-    def _rotary(self) -> nn.Module | None:
-        return dict(self.decoder.named_children()).get("rotary_emb")
+    def check_length(self, num_positions: int) -> None:
+        """Refuse what needs more positions than the model has.
+
+        Args:
+            num_positions: Of text and, where it stands before it, prompt.
+
+        Raises:
+            ValueError: If it does.
+        """
+        if self.max_positions is not None and num_positions > self.max_positions:
+            raise ValueError(
+                f"the model has {self.max_positions} positions, virtual tokens and text need "
+                f"{num_positions}. Use fewer virtual tokens or shorter texts (`data.max_tokens`)."
+            )
 
     def _tree_states(self, input_ids: Tensor, seen: Tensor, prefix: Tensor | None) -> Tensor:
         """Run rows in which every token sees what `seen` [B, T, T] says, and the whole prompt."""
-        positions = depths(seen) + self._start(prefix)
-        self._check_length(int(positions.max()) + 1)
+        positions = depths(seen) + self.text_start(prefix)
+        self.check_length(int(positions.max()) + 1)
         mask = tree_masks(
             seen,
             0 if prefix is None else prefix.shape[3],
@@ -405,10 +350,10 @@ class Backbone(nn.Module):
             window=self._window,
             dtype=self.dtype,
         )
-        return self._decode(input_ids, mask, positions, self._read_only_cache(prefix))
+        return self._decode(input_ids, mask, positions, read_only_cache(prefix))
 
     def _run(
-        self, input_ids: Tensor, attention_mask: Tensor, cache: Cache | None, start: int
+        self, input_ids: Tensor, attention_mask: Tensor, cache: ModelCache | None, start: int
     ) -> Tensor:
         mask = mask_with_prompt(attention_mask, 0 if cache is None else cache.get_seq_length())
         return self._decode(input_ids, mask, text_positions(attention_mask, start), cache)
@@ -418,7 +363,7 @@ class Backbone(nn.Module):
         input_ids: Tensor,
         mask: Tensor | dict[str, Tensor],
         positions: Tensor,
-        cache: Cache | None,
+        cache: ModelCache | None,
     ) -> Tensor:
         rows = input_ids if self.vocabulary is None else self.vocabulary.rows(input_ids)
         embeds = self.model.get_input_embeddings()(rows)
@@ -434,90 +379,19 @@ class Backbone(nn.Module):
             )
         return output.last_hidden_state
 
-    def _read_only_cache(self, prefix: Tensor | None) -> Cache | None:
-        if prefix is None or prefix.shape[3] == 0:
-            return None
-        # one step of the backward pass, not one a layer
-        parts = iter(prefix.flatten(0, 1).unbind())
-        return Cache(layers=[_PrefixLayer(*pair) for pair in zip(parts, parts, strict=True)])
-
-    def _growing_cache(self, prefix: Tensor, rows: int) -> Cache:
-        # Without a config no layer is cut to its sliding window; the masks see to the windows.
-        cache = DynamicCache()
-        for index, (keys, values) in enumerate(prefix.to(self.dtype).unbind()):
-            shape = (rows, -1, -1, -1)
-            cache.update(keys.expand(shape), values.expand(shape), index)
-        return cache
-
-    def _generate_by_row(
-        self, input_ids: Tensor, attention_mask: Tensor, prefix: Tensor, kwargs: dict[str, Any]
-    ) -> Tensor:
-        """Generate without padding, which would push the prompt out of the sliding windows."""
-        rows = []
-        for ids, mask in zip(input_ids, attention_mask.bool(), strict=True):
-            new = self.generate(ids[mask][None], mask[mask][None].long(), prefix, **kwargs)
-            rows.append(torch.cat([ids[~mask].expand(len(new), -1), new], dim=1))
-        pad = input_ids[attention_mask == 0][0].item()
-        length = max(row.shape[1] for row in rows)
-        return torch.cat([F.pad(row, (0, length - row.shape[1]), value=pad) for row in rows])
-
     def _keys_values(self, input_ids: Tensor, start: int) -> Tensor:
-        cache = DynamicCache()
+        cache = empty_cache()
         self._run(input_ids, torch.ones_like(input_ids), cache, start)
-        num_layers, num_kv_heads, head_dim = self.kv_shape
-        expected = (num_kv_heads, head_dim, head_dim)
-        layers: list[Any] = list(cache.layers)
-        got = [(*layer.keys.shape[1::2], layer.values.shape[3]) for layer in layers]
-        if got != [expected] * num_layers:
-            raise ValueError(
-                f"`{NAME_OPTION}` must be a model whose {num_layers} layers all keep keys and "
-                f"values of (heads, key size, value size) = {expected}, got {got}."
-            )
-        return torch.stack([torch.cat([layer.keys, layer.values]) for layer in layers]).float()
-
-    def _check_prefix(self, prefix: Tensor) -> None:
-        num_layers, num_kv_heads, head_dim = self.kv_shape
-        expected = (num_layers, 2, num_kv_heads, head_dim)
-        if prefix.dim() != 5 or (*prefix.shape[:3], prefix.shape[4]) != expected:
-            raise ValueError(
-                f"a soft prompt of shape [L, 2, K, P, D] = [{num_layers}, 2, {num_kv_heads}, P, "
-                f"{head_dim}] was expected, got {list(prefix.shape)}."
-            )
-
-    def _check_length(self, num_positions: int) -> None:
-        if self.max_positions is not None and num_positions > self.max_positions:
-            raise ValueError(
-                f"the model has {self.max_positions} positions, virtual tokens and text need "
-                f"{num_positions}. Use fewer virtual tokens or shorter texts (`data.max_tokens`)."
-            )
+        return read_prefix(cache, self.kv_shape)
 
 
-class _PrefixLayer(DynamicLayer):
-    """Read-only keys and values of one layer.
+def is_close(got: Tensor, expected: Tensor, dtype: torch.dtype) -> bool:
+    """Whether both are equal up to rounding, relative to the largest entry; never for NaN.
 
-    `update` returns prompt and new states and stores nothing, so that a layer that is recomputed
-    (gradient checkpointing) sees what it saw before; see docs/footguns.md#21.
+    Args:
+        got: What was computed.
+        expected: What it is taken to be.
+        dtype: Of the model that computed it; float32 may be TF32.
     """
-
-    def __init__(self, keys: Tensor, values: Tensor) -> None:
-        super().__init__()
-        self._prefix = (keys[None], values[None])
-        self.keys, self.values = self._prefix
-        self.dtype, self.device = keys.dtype, keys.device
-        self.is_initialized = True
-
-    def update(
-        self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any
-    ) -> tuple[Tensor, Tensor]:
-        """Return [B, K, P + T, D] keys and values in the dtype of the new ones."""
-        keys, values = (
-            torch.cat([prefix.to(new.dtype).expand(len(new), -1, -1, -1), new], dim=-2)
-            for prefix, new in zip(self._prefix, (key_states, value_states), strict=True)
-        )
-        return keys, values
-
-
-def _close(got: Tensor, expected: Tensor, dtype: torch.dtype) -> bool:
-    """Equal up to rounding (float32 may be TF32), relative to the largest entry; never for NaN."""
     tolerance = 5e-3 if dtype == torch.float32 else 5e-2
     return bool((got - expected).abs().max() <= tolerance * expected.abs().max())

@@ -12,6 +12,7 @@ import torch
 from lightning.fabric import Fabric
 from transformers import PreTrainedTokenizerBase, TextStreamer
 
+from fedsp.generation import generate
 from fedsp.prompts import check_length, room_for_prompt
 from fedsp.seeding import isolated_rng, seed_for
 from fedsp.server import ServerModule
@@ -124,6 +125,6 @@ def _answer(server: ServerModule, ids: list[int], manner: Manner) -> None:
     mask = torch.ones_like(text)
     if manner.without_prompt:
         with server.as_delivered() as backbone:
-            backbone.generate(text, mask, None, **options)
+            generate(backbone, text, mask, None, **options)
     else:
-        server.require_deployed().generate(text, mask, server.prefix(), **options)
+        generate(server.require_deployed(), text, mask, server.prefix(), **options)

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from fedsp.backbone import Backbone
 from fedsp.pretrained import resolve
+from fedsp.rotation import rotate_keys
 from fedsp.server import ServerModule
 from fedsp.state_files import remove_temporary_files, write_bytes_atomically
 
@@ -52,7 +53,7 @@ def export_adapter(
         )
     offset = backbone.spec.position_offset
     if offset is not None and offset != num_tokens:
-        prefix = backbone.rotate_keys(prefix, num_tokens - offset)
+        prefix = rotate_keys(backbone, prefix, num_tokens - offset)
     folder.mkdir(parents=True, exist_ok=True)
     remove_temporary_files(folder)
     config = PrefixTuningConfig(

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
 
 from fedsp.backbone import Backbone
+from fedsp.generation import generate
 from fedsp.server import ServerModule
 from fedsp.state_files import write_text_atomically
 
@@ -170,7 +171,8 @@ class PromptedModel(nn.Module):
         for ids, mask in zip(input_ids, attention_mask.bool(), strict=True):
             text = ids[mask][None]
             length = text.shape[1]
-            new = self.backbone.generate(
+            new = generate(
+                self.backbone,
                 text,
                 torch.ones_like(text),
                 self.prefix,

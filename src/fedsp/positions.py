@@ -1,13 +1,10 @@
-"""Where tokens stand beside a soft prompt: positions, masks, padding, rotated keys. Pure functions.
+"""Where tokens stand beside a soft prompt: positions, masks, padding. Pure functions.
 
-Axis letters: B batch, T text tokens, P virtual tokens, L layers, K key/value heads, D head size.
+Axis letters: B batch, T text tokens, P virtual tokens.
 """
 
-import inspect
-from collections.abc import Sequence
-
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 
 def text_positions(attention_mask: Tensor, start: int) -> Tensor:
@@ -49,35 +46,3 @@ def padding_to_the_right(attention_mask: Tensor) -> tuple[Tensor, Tensor]:
     places = torch.arange(attention_mask.shape[1], device=attention_mask.device)
     shift = attention_mask.long().argmax(dim=1, keepdim=True)
     return (places + shift) % len(places), (places - shift) % len(places)
-
-
-def rotate(
-    prefix: Tensor, rotary: nn.Module, by: int, layer_types: Sequence[str] | None = None
-) -> Tensor:
-    """Turn a prompt's keys by a number of rotary positions; values carry no position.
-
-    Args:
-        prefix: [L, 2, K, P, D] keys and values; where only a part of each key turns, the first.
-        rotary: The model's rotary embedding, on the prompt's device.
-        by: Number of positions, negative for backwards.
-        layer_types: Kind of each layer, for models that turn some layers faster than others.
-
-    Returns:
-        [L, 2, K, P, D] prompt in the same dtype.
-
-    Source: Su et al. 2021, arXiv 2104.09864, section 3.2.2; halves instead of neighbours, as in
-        transformers' Llama.
-    """
-    positions = torch.tensor([[0, by]], device=prefix.device)
-    per_layer = "layer_type" in inspect.signature(rotary.forward).parameters
-    rotated = []
-    for index, (keys, values) in enumerate(prefix.float().unbind()):
-        kind = (layer_types[index],) if per_layer and layer_types is not None else ()
-        cosine, sine = rotary(keys, positions, *kind)
-        turning, fixed = keys.tensor_split([cosine.shape[-1]], dim=-1)
-        first, second = turning.chunk(2, dim=-1)
-        across = torch.cat([-second, first], dim=-1)
-        # Some models scale cosine and sine; the keys carry that factor already, cos 0 tells it.
-        turned = (turning * cosine[0, 1] + across * sine[0, 1]) / cosine[0, 0]
-        rotated.append(torch.stack([torch.cat([turned, fixed], dim=-1), values]))
-    return torch.stack(rotated).to(prefix.dtype)

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from fedsp.backbone import Backbone
+from fedsp.generation import generate
 from fedsp.losses import token_cross_entropy
 
 
@@ -62,6 +63,6 @@ def complete(
     ids = batch["input_ids"]
     # many models come with settings of their own that draw at random
     options = {"do_sample": False, "pad_token_id": tokenizer.pad_token_id, **options}
-    output = backbone.generate(ids, batch["attention_mask"], prefix, **options)
+    output = generate(backbone, ids, batch["attention_mask"], prefix, **options)
     texts: list[str] = tokenizer.batch_decode(output[:, ids.shape[1] :], skip_special_tokens=True)
     return texts
