@@ -13,8 +13,8 @@ import yaml
 from datasets import Dataset
 
 from fedsp import layouts
+from fedsp.rendering import RenderedRow
 from fedsp.sources import Files
-from fedsp.tasks import RenderedRow
 
 lm_eval_task = pytest.importorskip("lm_eval.api.task")
 LM_EVAL = Path(importlib.import_module("lm_eval.tasks").__file__ or "").parent

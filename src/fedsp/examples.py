@@ -160,3 +160,21 @@ class TokenStore(Sequence[Example]):
 
     def _sequence(self, position: int) -> list[int]:
         return self.arrays["tokens"][self._starts[position] : self._starts[position + 1]].tolist()
+
+
+def join_into_blocks(documents: Sequence[Example], size: int) -> list[Example]:
+    """Join plain texts and cut them into blocks, of which the last is shorter.
+
+    Args:
+        documents: At least one, each with a single completion and the same prompt: a start token or
+            nothing.
+        size: Tokens of a block.
+    """
+    lead = documents[0].prompt_ids
+    tokens = [token for document in documents for token in document.completions[0]]
+    room = max(1, size - len(lead))
+    chars = sum(document.num_chars[0] for document in documents) / max(1, len(tokens))
+    pieces = [tokens[start : start + room] for start in range(0, len(tokens), room)]
+    if len(pieces) > 1 and not lead and len(pieces[-1]) == 1:
+        pieces.pop()  # nothing comes before a lone token: it could never be predicted
+    return [Example(lead, [piece], 0, [max(1, round(chars * len(piece)))]) for piece in pieces]

@@ -1,4 +1,4 @@
-"""What a row means: rows of fields become tokenised examples.
+"""What a row means: rows of fields become text, and tokenised examples.
 
 Nothing here reads files, splits data or makes batches.
 """
@@ -11,28 +11,12 @@ from dataclasses import dataclass
 from datasets import Dataset
 from transformers import PreTrainedTokenizerBase
 
-from fedsp.examples import Example
+from fedsp.examples import Example, join_into_blocks
+from fedsp.rendering import RenderedRow, encode_rendered
 from fedsp.templates import Row, check_template, field, fields_of, fill
 from fedsp.tokenization import chat_turn, leading_ids, tokenize
 
 _ENCODED_AT_ONCE = 1000
-
-
-@dataclass(frozen=True)
-class RenderedRow:
-    """A row as text.
-
-    Args:
-        prompt: What is given; may be empty.
-        choices: Texts that may follow, each with the space it begins with.
-        answer: Index of the right one.
-        num_chars: Characters of each choice without what the task puts before it, at least 1.
-    """
-
-    prompt: str
-    choices: list[str]
-    answer: int
-    num_chars: list[int]
 
 
 class Task(ABC):
@@ -400,65 +384,10 @@ class RawText(Task):
         if size is None or not examples:
             return list(examples), list(range(len(examples)))
         if self.block_size is None:
-            return [block for ex in examples for block in _blocks([ex], size)], None
-        return _blocks(examples, size), None
-
-
-def encode_rendered(
-    rendered: Sequence[RenderedRow],
-    tokenizer: PreTrainedTokenizerBase,
-    *,
-    start: list[int],
-    add_eos: bool = False,
-) -> list[Example]:
-    """Tokenise rendered rows all at once.
-
-    A completion's tokens are those of the joint text behind the prompt's, as in lm-eval; where a
-    token would straddle the border it is tokenised by itself, since generation starts from the
-    prompt's tokens.
-
-    Args:
-        rendered: Rows as text.
-        tokenizer: Tokenizer of the model.
-        start: Token ids that lead every prompt.
-        add_eos: End every completion with the end-of-text token.
-
-    Raises:
-        ValueError: If `add_eos` is asked of a tokenizer without such a token.
-    """
-    if add_eos and tokenizer.eos_token_id is None:
-        raise ValueError(
-            "`data.task.add_eos` needs an end-of-text token, which `data.tokenizer` lacks. Set it "
-            "to false."
-        )
-    choices = [choice for row in rendered for choice in row.choices]
-    joint = [row.prompt + choice for row in rendered for choice in row.choices]
-    prompt_ids = tokenize(tokenizer, [row.prompt for row in rendered])
-    choice_ids = iter(tokenize(tokenizer, choices))
-    joint_ids = iter(tokenize(tokenizer, joint))
-    end = [tokenizer.eos_token_id] if add_eos else []
-    examples = []
-    for row, prompt in zip(rendered, prompt_ids, strict=True):
-        completions = []
-        for _ in row.choices:
-            whole, alone = next(joint_ids), next(choice_ids)
-            behind = whole[len(prompt) :] if whole[: len(prompt)] == prompt else alone
-            completions.append(behind + end)
-        examples.append(Example(start + prompt, completions, row.answer, row.num_chars))
-    return examples
+            return [block for ex in examples for block in join_into_blocks([ex], size)], None
+        return join_into_blocks(examples, size), None
 
 
 def _are_texts(values: object) -> bool:
     """Whether it is a list of texts, none of them empty."""
     return isinstance(values, list) and all(isinstance(text, str) and text for text in values)
-
-
-def _blocks(documents: Sequence[Example], size: int) -> list[Example]:
-    lead = documents[0].prompt_ids
-    tokens = [token for document in documents for token in document.completions[0]]
-    room = max(1, size - len(lead))
-    chars = sum(document.num_chars[0] for document in documents) / max(1, len(tokens))
-    pieces = [tokens[start : start + room] for start in range(0, len(tokens), room)]
-    if len(pieces) > 1 and not lead and len(pieces[-1]) == 1:
-        pieces.pop()  # nothing comes before a lone token: it could never be predicted
-    return [Example(lead, [piece], 0, [max(1, round(chars * len(piece)))]) for piece in pieces]
