@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 
 from fedsp.callbacks import FederatedCallback
 from fedsp.federation import Communication
+from fedsp.message_sizes import size_limits
 from fedsp.messages import (
     ClientUpdate,
     Contract,
@@ -82,8 +83,9 @@ def test_a_message_is_a_quarter_and_a_scale_a_row() -> None:
     data = encode(ServerBroadcast(0, payload), "int8")
     count, rows = prompt().numel(), prompt()[..., 0].numel()
     agreed = contract(payload)
-    assert agreed.num_bytes == count + 4 * rows
-    assert agreed.num_bytes < len(data) <= agreed.num_bytes + agreed.max_overhead_bytes
+    low, high = size_limits(agreed.describe())
+    assert low == count + 4 * rows
+    assert low < len(data) <= high
     got = decode_broadcast(data, agreed).payload["soft_prompt"]
     assert torch.equal(got, rounded(payload, "int8")["soft_prompt"])
 

@@ -15,7 +15,8 @@ from typing import Any, Literal, get_args
 
 from torch import Tensor
 
-from fedsp.messages import Contract, describe, describe_tensors
+from fedsp.message_sizes import describe_tensors
+from fedsp.messages import Contract, describe
 from fedsp.tensor_files import Buffer
 
 Direction = Literal["up", "down"]

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from fedsp.ledger import parse_line
-from fedsp.messages import size_limits
+from fedsp.message_sizes import size_limits
 
 DIRECTIONS = {"auxiliary_handout": "down", "server_broadcast": "down", "client_update": "up"}
 _SHA256 = re.compile(r"[0-9a-f]{64}")

@@ -8,19 +8,19 @@ Axis letters: L layers, K key/value heads, P virtual tokens, D head size.
 """
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from fedsp.message_sizes import describe_tensor, describe_tensors, size_limits
 from fedsp.number_formats import WireDtype, from_wire, to_wire, wire_entries
-from fedsp.payload import SOFT_PROMPT, Payload, Shapes, norm, subtract
+from fedsp.payload import SOFT_PROMPT, Payload, Shapes, is_finite, norm, subtract
 from fedsp.tensor_files import (
     Buffer,
     Header,
-    dtype_bytes,
     dtype_name,
     pack_tensors,
     read_header,
@@ -28,7 +28,6 @@ from fedsp.tensor_files import (
 )
 
 MESSAGE_VERSION = "1"
-MAX_OVERHEAD_BYTES = 1024
 
 _NUMBERS = {
     "server_broadcast": ("round_idx",),
@@ -36,7 +35,6 @@ _NUMBERS = {
     "auxiliary_handout": (),
 }
 _MAX_NUMBER = 2**53  # beyond it a float64 sum of examples is no longer exact
-_ENTRY_BYTES = 256  # a tensor's entry in a header, without its name
 _MAX_HEADER_BYTES = 2**24  # parsed JSON takes up to 25 times its own bytes
 
 
@@ -122,21 +120,10 @@ class Contract:
                 f"got {self.max_update_norm}"
             )
 
-    @property
-    def num_bytes(self) -> int:
-        """Bytes of the payload's numbers on the wire."""
-        return size_limits(self.describe())[0]
-
-    @property
-    def max_overhead_bytes(self) -> int:
-        """Bytes that a message may have around its numbers: 1 KiB for a single tensor."""
-        low, high = size_limits(self.describe())
-        return high - low
-
     def describe(self) -> list[dict[str, Any]]:
-        """Say of the payload's tensors what `messages.describe` says of those in a message."""
+        """Say of the payload's tensors what `describe` says of those in a message."""
         entries = wire_entries(self.shapes, self.wire_dtype)
-        return [_entry(name, *entry) for name, entry in sorted(entries.items())]
+        return [describe_tensor(name, *entry) for name, entry in sorted(entries.items())]
 
 
 def encode(message: ServerBroadcast | ClientUpdate, wire_dtype: WireDtype) -> bytes:
@@ -147,7 +134,7 @@ def encode(message: ServerBroadcast | ClientUpdate, wire_dtype: WireDtype) -> by
         wire_dtype: Number format in which the payload travels.
 
     Returns:
-        The payload's bytes, and at most `Contract.max_overhead_bytes` around them.
+        The payload's bytes, and around them at most what `size_limits` allows.
 
     Raises:
         ValueError: If `wire_dtype` is unknown.
@@ -156,16 +143,11 @@ def encode(message: ServerBroadcast | ClientUpdate, wire_dtype: WireDtype) -> by
             passes: its receiver counts and rejects it.
     """
     wire_entries({}, wire_dtype)
-    numbers = {"round_idx": message.round_idx}
-    kind = "server_broadcast"
-    if isinstance(message, ClientUpdate):
-        kind = "client_update"
-        numbers |= {"client_id": message.client_id, "num_examples": message.num_examples}
-    metadata = {"fedsp_version": MESSAGE_VERSION, "kind": kind}
-    metadata |= {name: str(number) for name, number in numbers.items()}
-    for name in numbers:
-        _parse_number(metadata[name], name)
-    if kind == "server_broadcast" and not _is_finite(message.payload):
+    kind = "client_update" if isinstance(message, ClientUpdate) else "server_broadcast"
+    numbers = {name: str(getattr(message, name)) for name in _NUMBERS[kind]}
+    for name, text in numbers.items():
+        _parse_number(text, name)
+    if kind == "server_broadcast" and not is_finite(message.payload):
         raise MessageError(
             f"what the server tunes holds NaN or infinity in round {message.round_idx}; "
             "lower the learning rate or set `gradient_clip_norm`"
@@ -173,7 +155,7 @@ def encode(message: ServerBroadcast | ClientUpdate, wire_dtype: WireDtype) -> by
     wire = to_wire(message.payload, wire_dtype)
     for name, tensor in message.payload.items():
         _check_range(name, tensor.detach(), wire[name], wire_dtype)
-    return pack_tensors(wire, metadata)
+    return pack_tensors(wire, {"fedsp_version": MESSAGE_VERSION, "kind": kind, **numbers})
 
 
 def decode_broadcast(
@@ -196,7 +178,7 @@ def decode_broadcast(
     header, numbers = _check_payload(data, contract, "server_broadcast", wanted)
     payload = _read_payload(data, contract, header)
     for name, tensor in payload.items():
-        if not _is_finite({name: tensor}):
+        if not is_finite({name: tensor}):
             raise MessageError(f"server_broadcast: `{name}` must be finite, got NaN or infinity")
     return ServerBroadcast(numbers["round_idx"], payload)
 
@@ -224,7 +206,7 @@ def decode_update(
     header, numbers = _check_payload(data, contract, "client_update", wanted)
     payload = _read_payload(data, contract, header)
     sender = f"the update of client {client_id} in round {round_idx}"
-    if not _is_finite(payload):
+    if not is_finite(payload):
         raise RejectedUpdate(f"{sender} holds NaN or infinity")
     change, bound = norm(subtract(payload, reference)), contract.max_update_norm
     if bound is not None and not change <= bound:
@@ -310,50 +292,10 @@ def describe(data: Buffer) -> dict[str, Any]:
     """
     header, numbers = _read_fields(data, None)
     tensors = [
-        _entry(name, entry.shape, entry.dtype) for name, entry in sorted(header.tensors.items())
+        describe_tensor(name, entry.shape, entry.dtype)
+        for name, entry in sorted(header.tensors.items())
     ]
     return {"kind": header.metadata["kind"], **numbers, "tensors": tensors}
-
-
-def describe_tensors(tensors: Mapping[str, Tensor]) -> list[dict[str, Any]]:
-    """Say of tensors what `describe` says of those in a message.
-
-    Args:
-        tensors: By name; meta tensors will do.
-
-    Returns:
-        A list of {"name", "shape", "dtype"} in the order of the names.
-    """
-    return [_entry(name, tensor.shape, tensor.dtype) for name, tensor in sorted(tensors.items())]
-
-
-def size_limits(tensors: Sequence[Mapping[str, Any]]) -> tuple[int, int]:
-    """Say how large a message may be.
-
-    Args:
-        tensors: What `describe` says of its tensors.
-
-    Returns:
-        Bytes of the numbers, and the most bytes of the whole message: 1 KiB more for one tensor.
-
-    Raises:
-        ValueError: If a dtype is unknown.
-    """
-    low = sum(math.prod(it["shape"]) * dtype_bytes(it["dtype"]) for it in tensors)
-    names = sorted(it["name"] for it in tensors)
-    return low, low + MAX_OVERHEAD_BYTES + sum(map(_entry_bytes, names[1:]))
-
-
-def _entry(name: str, shape: Sequence[int], dtype: torch.dtype) -> dict[str, Any]:
-    return {"name": name, "shape": list(shape), "dtype": dtype_name(dtype)}
-
-
-def _is_finite(payload: Payload) -> bool:
-    return all(bool(torch.isfinite(tensor).all()) for tensor in payload.values())
-
-
-def _entry_bytes(name: str) -> int:
-    return 6 * len(name) + _ENTRY_BYTES  # 6: a name may be all \uXXXX
 
 
 def _check_range(name: str, tensor: Tensor, wire: Tensor, wire_dtype: WireDtype) -> None:
@@ -370,8 +312,7 @@ def _check_range(name: str, tensor: Tensor, wire: Tensor, wire_dtype: WireDtype)
 def _check_payload(
     data: Buffer, contract: Contract, kind: str, wanted: Mapping[str, int]
 ) -> tuple[Header, dict[str, int]]:
-    low = contract.num_bytes
-    _check_size(data, low, low + contract.max_overhead_bytes, kind)
+    _check_size(data, *size_limits(contract.describe()), kind)
     header, numbers = _read_fields(data, kind)
     for name, number in wanted.items():
         if numbers[name] != number:

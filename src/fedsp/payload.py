@@ -15,6 +15,11 @@ def shapes_of(payload: Payload) -> dict[str, tuple[int, ...]]:
     return {name: tuple(tensor.shape) for name, tensor in payload.items()}
 
 
+def is_finite(payload: Payload) -> bool:
+    """Whether no tensor holds NaN or infinity."""
+    return all(bool(torch.isfinite(tensor).all()) for tensor in payload.values())
+
+
 def subtract(payload: Payload, other: Payload) -> Payload:
     """Return the difference of two payloads of the same names, as float32 on the CPU."""
     return {
