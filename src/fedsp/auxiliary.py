@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from fedsp.backbone import Backbone
-from fedsp.pretrained import text_option
+from fedsp.derivation import derive, embeddings, head
 
 
 class Auxiliary(nn.Module):
@@ -161,17 +161,17 @@ class Auxiliary(nn.Module):
             else outside the layers), "head" (0 if it is the embedding), "total" and "trainable";
             "share_of_global", the total divided by that of the global model.
         """
-        embeddings = _embeddings(self.backbone)
+        tables = embeddings(self.backbone)
         cell = set(self.backbone.layers.parameters())
-        head = _head(self.backbone) - embeddings
-        rest = set(self.backbone.model.parameters()) - embeddings - cell - head
+        untied = head(self.backbone) - tables
+        rest = set(self.backbone.model.parameters()) - tables - cell - untied
         total = self.num_parameters()
         return {
             "num_layers": len(self.sources),
-            "embeddings": _count(embeddings),
+            "embeddings": _count(tables),
             "cell": _count(cell),
             "norm": _count(rest),
-            "head": _count(head),
+            "head": _count(untied),
             "total": total,
             "trainable": _count(self.trainable().values()),
             "share_of_global": total / self._global_num_parameters,
@@ -219,7 +219,7 @@ class AuxiliaryRecipe(ABC):
 
     def shared(self, backbone: Backbone) -> set[nn.Parameter]:
         """Return the global model's parameters that the auxiliary uses as they are, frozen."""
-        return set() if self.train_embeddings else _embeddings(backbone) | _head(backbone)
+        return set() if self.train_embeddings else embeddings(backbone) | head(backbone)
 
     def check(self, num_layers: int) -> None:
         """Refuse a model that the recipe does not fit, before anything is built.
@@ -249,7 +249,7 @@ class AuxiliaryRecipe(ABC):
         """
         num_layers = len(backbone.layers)
         sources, slots = self.sources(num_layers), self.slots(num_layers)
-        derived = _derive(backbone, sources, self.shared(backbone))
+        derived = derive(backbone, sources, self.shared(backbone))
         return Auxiliary(derived, slots, sources, _count(backbone.model.parameters()))
 
     def calibrate(  # noqa: B027 - most recipes have nothing to fit
@@ -376,69 +376,6 @@ class KeptLayers(AuxiliaryRecipe):
             )
         gaps = max(self.num_layers - 1, 1)
         return [index * (num_layers - 1) // gaps for index in range(self.num_layers)]
-
-
-def _derive(
-    backbone: Backbone, sources: Sequence[int], shared: Collection[nn.Parameter]
-) -> Backbone:
-    """Build the model whose layer i is global layer `sources[i]`.
-
-    A layer named twice is one set of parameters. Parameters in `shared` are the global model's own
-    objects, all others are float32 copies: `deepcopy` takes what its memo holds instead of copying
-    it, which is the shared parameters, and the new list of layers in place of the old one.
-    """
-    memo: dict[int, Any] = {id(parameter): parameter for parameter in shared}
-    text = copy.deepcopy(backbone.model.config, memo).get_text_config()
-    text.num_hidden_layers = len(sources)
-    kinds = text_option(backbone.model, "layer_types")
-    if kinds is not None:
-        text.layer_types = [kinds[source] for source in sources]
-    layers = backbone.layers
-    cell = {source: copy.deepcopy(layers[source], memo) for source in dict.fromkeys(sources)}
-    shells = [_shell(cell[source], index) for index, source in enumerate(sources)]
-    memo[id(layers)] = nn.ModuleList(shells)
-    model = copy.deepcopy(backbone.model, memo)
-    for parameter in set(model.parameters()) - set(shared):
-        parameter.data = parameter.data.float()
-        parameter.requires_grad_(True)
-    return Backbone(model.eval(), backbone.spec)
-
-
-def _shell(module: nn.Module, layer_idx: int) -> nn.Module:
-    """Return `module` under a layer index and with hooks of its own, its parameters shared.
-
-    One layer object in several places would read one slot of the prompt for all of them, and in
-    common hook tables each place's hooks would fire for all; see docs/footguns.md#27 and #28.
-    """
-    shell = copy.copy(module)
-    shell.__dict__ = dict(module.__dict__)
-    for name, value in module.__dict__.items():
-        if "hooks" in name and isinstance(value, dict):
-            shell.__dict__[name] = copy.copy(value)
-    children: dict[str, nn.Module | None] = module.__dict__["_modules"]
-    shell.__dict__["_modules"] = {
-        name: _shell(child, layer_idx) if child is not None and _knows_index(child) else child
-        for name, child in children.items()
-    }
-    if "layer_idx" in shell.__dict__:
-        shell.__dict__["layer_idx"] = layer_idx
-    return shell
-
-
-def _knows_index(module: nn.Module) -> bool:
-    return any("layer_idx" in part.__dict__ for part in module.modules())
-
-
-def _embeddings(backbone: Backbone) -> set[nn.Parameter]:
-    """Token and position embeddings: every embedding table outside the layers."""
-    inside = set(backbone.layers.modules())
-    outside = [module for module in backbone.decoder.modules() if module not in inside]
-    tables = [module for module in outside if isinstance(module, nn.Embedding)]
-    return {parameter for table in tables for parameter in table.parameters()}
-
-
-def _head(backbone: Backbone) -> set[nn.Parameter]:
-    return set(backbone.model.get_output_embeddings().parameters())
 
 
 def _count(parameters: Any) -> int:
