@@ -10,9 +10,17 @@ import torch
 from lightning.fabric import Fabric
 from torch import Tensor
 
-from fedsp.auxiliary import Auxiliary, AuxiliaryRecipe
+from fedsp.auxiliary import Auxiliary
+from fedsp.auxiliary_cache import (
+    artefact_path,
+    equalize,
+    find_state,
+    load_artefact,
+    making_key,
+    store_artefact,
+)
 from fedsp.data import FederatedDataModule
-from fedsp.distillation import Distillation, cache_key, describe_stage
+from fedsp.distillation import Distillation
 from fedsp.gathering import gathered
 from fedsp.phases import Optimization, distill, train_server
 from fedsp.prompt_pool import PromptPool
@@ -24,10 +32,8 @@ from fedsp.quality import (
     measure_quality,
 )
 from fedsp.ranks import Ranks
-from fedsp.run_folder import cache_folder
 from fedsp.server import ServerModule
-from fedsp.stages import Stage
-from fedsp.state_files import decode_state, encode_state, load_state, save_state
+from fedsp.state_files import load_state, save_state
 
 SAVE_EVERY_N_STEPS = 250
 
@@ -93,8 +99,8 @@ def prepare_auxiliary(
     """
     ranks = Ranks(fabric)
     auxiliary = derive_auxiliary(fabric, server, data)
-    key = _key(server, auxiliary, data, trainer)
-    state = _found(ranks, kept, key)
+    key = making_key(server, auxiliary, data, trainer)
+    state = find_state(ranks, kept, key)
     if state is not None:
         auxiliary.load(state["weights"])
         before, after = _qualities(state)
@@ -102,18 +108,18 @@ def prepare_auxiliary(
         return Preparation(auxiliary, before, after, cached=True)
     spec = server.initial_distillation
     teaches = spec is not None and spec.stage.steps > 0
-    artefact = _artefact(spec, key) if spec is not None and teaches else None
-    cached = artefact is not None and _load(ranks, artefact, auxiliary)
+    artefact = artefact_path(spec, key) if spec is not None and teaches else None
+    cached = artefact is not None and load_artefact(ranks, artefact, auxiliary)
     unfinished = kept.with_suffix(".unfinished")
     before = None
     if not cached:
         _calibrate(fabric, server, auxiliary, data)
-        _equalize(ranks, auxiliary)
+        equalize(ranks, auxiliary)
         before = _measure(fabric, server, auxiliary, data)
         if teaches:
             _teach(fabric, server, auxiliary, data, trainer, unfinished=unfinished, key=key)
         if artefact is not None:
-            ranks.on_first(_store, artefact, auxiliary)
+            ranks.on_first(store_artefact, artefact, auxiliary)
     # measured, not cached with the weights: the server's data may be another run's
     after = _measure(fabric, server, auxiliary, data) if teaches else before
     qualities = [q and asdict(q) for q in (before, after)]
@@ -184,100 +190,6 @@ def check_handed_out(kept: Path) -> None:
         )
 
 
-def _key(
-    server: ServerModule, auxiliary: Auxiliary, data: FederatedDataModule, trainer: Any
-) -> str:
-    """Hash all that makes the auxiliary model, so that none of another making is taken for it."""
-    batching, vocabulary = data.batching, auxiliary.backbone.vocabulary
-    backbone, prompt = server.require_model()
-    facts: dict[str, Any] = {
-        "recipe": _describe(server.auxiliary_recipe),
-        "kept": None if vocabulary is None else vocabulary.kept.tolist(),
-        "public": data.fingerprint("public") if data.num_examples("public") else None,
-        "batches": [data.seed, batching.batch_size, batching.length_grouping],
-        "seed": trainer.seed,
-        "precision": trainer.precision,
-    }
-    spec = server.initial_distillation or Distillation(Stage(steps=0))
-    if spec.prompts is not None or server.auxiliary_recipe.calibration_batches:
-        facts["initial_prompt"] = prompt.prefix().cpu().numpy().tobytes().hex()
-    if spec.prompts is not None:
-        facts["server"] = data.fingerprint("server") if data.num_examples("server") else None
-        facts["training"] = describe_stage(server.training_stage)
-    return cache_key(backbone, spec, facts)
-
-
-def _describe(recipe: AuxiliaryRecipe) -> list[Any]:
-    """Return a recipe as plain data, those that it wraps included."""
-    settings = {
-        name: _describe(value) if isinstance(value, AuxiliaryRecipe) else value
-        for name, value in vars(recipe).items()
-    }
-    return [type(recipe).__qualname__, settings]
-
-
-def _read(path: Path, key: str) -> Any:
-    """Read what an earlier start of the run left; None if it left nothing or had other settings."""
-    state: Any = load_state(path) if path.exists() else None
-    return state if state is not None and state["key"] == key else None
-
-
-def _found(ranks: Ranks, path: Path, key: str) -> Any:
-    """Read it on the first rank for all: no rank must find what another one is just writing."""
-    found = _read(path, key) if ranks.rank == 0 else None
-    return found if ranks.size == 1 else decode_state(ranks.of_first(encode_state(found)))
-
-
-def _equalize(ranks: Ranks, auxiliary: Auxiliary) -> None:
-    """Take the first rank's weights: what was computed on other hardware may differ in a bit."""
-    if ranks.size > 1:
-        state: Any = decode_state(ranks.of_first(encode_state(auxiliary.state())))
-        auxiliary.load(state)
-
-
-def _artefact(spec: Distillation, key: str) -> Path | None:
-    """File of the distilled weights in the cache; None keeps none."""
-    root = cache_folder(spec.cache_dir)
-    return root / "auxiliary" / f"{key}.safetensors" if root else None
-
-
-def _load(ranks: Ranks, artefact: Path, auxiliary: Auxiliary) -> bool:
-    """Take distilled weights from the first rank's cache."""
-    has_loaded = ranks.rank == 0 and _load_own(artefact, auxiliary)
-    has_loaded = bool(ranks.of_first(b"x" * has_loaded))
-    if has_loaded:
-        _equalize(ranks, auxiliary)
-    return has_loaded
-
-
-def _load_own(artefact: Path, auxiliary: Auxiliary) -> bool:
-    """Take distilled weights from the cache; a damaged file is as good as none."""
-    if not artefact.exists():
-        return False
-    try:
-        auxiliary.load(load_state(artefact))
-    except (OSError, ValueError, TypeError, AttributeError) as error:
-        warnings.warn(
-            f"The cached auxiliary model {artefact} is unusable and made anew: {error}.",
-            stacklevel=2,
-        )
-        return False
-    return True
-
-
-def _store(artefact: Path, auxiliary: Auxiliary) -> None:
-    try:
-        artefact.parent.mkdir(parents=True, exist_ok=True)
-        save_state(artefact, auxiliary.state())
-    except OSError as error:
-        warnings.warn(
-            f"The auxiliary model cannot be cached in {artefact.parent}: {error}. "
-            "Every run distils anew until `model.initial_distillation.cache_dir` names a folder "
-            "that can be written.",
-            stacklevel=2,
-        )
-
-
 def _teach(
     fabric: Fabric,
     server: ServerModule,
@@ -299,7 +211,7 @@ def _teach(
     accumulate = stage.accumulate_grad_batches
     optimization = Optimization(*stage.build(auxiliary.trainable().values(), stage.steps))
     ranks = Ranks(fabric)
-    state = _found(ranks, unfinished, key)
+    state = find_state(ranks, unfinished, key)
     if state is not None:
         auxiliary.load(state["weights"])
         optimization.load_state_dict(state["optimization"])
