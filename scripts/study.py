@@ -28,10 +28,11 @@ from lightning.fabric import Fabric
 from torch import Tensor
 
 from fedsp.cli import FederatedCLI
+from fedsp.evaluation_loops import evaluate
 from fedsp.history import Evaluation
 from fedsp.opening import check_run, launch, load, set_up_data
 from fedsp.payload import SOFT_PROMPT
-from fedsp.phases import Optimization, _optimize, evaluate
+from fedsp.phases import Optimization, _optimize
 from fedsp.preparation import fill_pool, prepare_auxiliary
 from fedsp.prompt_pool import PromptPool
 from fedsp.quality import prompt_gradient

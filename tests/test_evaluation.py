@@ -8,8 +8,8 @@ import pytest
 import torch
 from lightning.fabric import Fabric
 
+from fedsp.evaluation_loops import evaluate_completions
 from fedsp.history import Evaluation
-from fedsp.phases import evaluate_completions
 from fedsp.tasks import PromptCompletion, RawText
 from tiny import fit, make_client, make_data, make_server, make_trainer
 

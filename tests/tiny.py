@@ -14,6 +14,8 @@ from fedsp.batching import Batching
 from fedsp.client import ClientModule
 from fedsp.data import FederatedDataModule
 from fedsp.distillation import Distillation
+from fedsp.examples import Example
+from fedsp.messages import ServerBroadcast
 from fedsp.partition import IID
 from fedsp.pretrained import BackboneSpec
 from fedsp.schedules import LinearWarmup
@@ -129,3 +131,26 @@ def fit(folder: Path, run_dir: Path, **options: Any) -> FederatedTrainer:
     trainer = make_trainer(run_dir, **options)
     trainer.fit(server, client, data, ckpt_path=ckpt_path)
     return trainer
+
+
+def loaded_server(folder: Path, dropout: float = 0.0, **options: Any) -> ServerModule:
+    """A server with its model and a prompt of 4 virtual tokens."""
+    server = make_server(folder, soft_prompt=SoftPromptSpec(4, dropout=dropout), **options)
+    server.configure_model()
+    return server
+
+
+def loaded_client(server: ServerModule, **options: Any) -> ClientModule:
+    """A client with a server's auxiliary model and prompt."""
+    client = make_client(**options)
+    backbone, prompt = server.require_model()
+    client.install(server.auxiliary_recipe.build(backbone), prompt.num_virtual_tokens)
+    client.receive(ServerBroadcast(0, {"soft_prompt": prompt.prefix()}))
+    return client
+
+
+def examples(count: int, seed: int = 0, prompt: int = 6, completion: int = 3) -> list[Example]:
+    """Random token ids, so many of a prompt and of its completion."""
+    generator = torch.Generator().manual_seed(seed)
+    ids = torch.randint(1, 250, (count, prompt + completion), generator=generator).tolist()
+    return [Example(row[:prompt], [row[prompt:]], 0, [completion]) for row in ids]

@@ -6,8 +6,8 @@ from itertools import islice
 from lightning.fabric import Fabric
 
 from fedsp.data import FederatedDataModule
+from fedsp.evaluation_loops import evaluate
 from fedsp.payload import Payload
-from fedsp.phases import evaluate
 from fedsp.server import ServerModule
 
 

@@ -12,8 +12,8 @@ from torch import Tensor
 
 from fedsp.backbone import Backbone
 from fedsp.data import FederatedDataModule
+from fedsp.evaluation_loops import evaluate, evaluate_completions
 from fedsp.history import Evaluation
-from fedsp.phases import evaluate, evaluate_completions
 from fedsp.scoring import Scores, complete, score
 
 
@@ -68,8 +68,8 @@ def measure_split(trainer: Any, subject: Subject, split: str) -> dict[str, float
         split: Which split.
 
     Returns:
-        The metrics of `fedsp.phases.evaluate` and, where answers are written, of
-        `fedsp.phases.evaluate_completions`.
+        The metrics of `fedsp.evaluation_loops.evaluate` and, where answers are written, of
+        `fedsp.evaluation_loops.evaluate_completions`.
     """
     data, fabric = trainer.data, trainer.fabric
     new_tokens = trainer.history.evaluation.generate_tokens if subject.complete else 0

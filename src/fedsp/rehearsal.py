@@ -17,6 +17,7 @@ from torch.utils.data import DataLoader
 from fedsp.auxiliary import Auxiliary
 from fedsp.client import ClientModule
 from fedsp.collate import IGNORED_LABEL
+from fedsp.evaluation_loops import evaluate
 from fedsp.memory_probe import LiveTensors, tensor_bytes
 from fedsp.messages import ServerBroadcast
 from fedsp.phases import (
@@ -24,7 +25,6 @@ from fedsp.phases import (
     ClientTurn,
     Optimization,
     distill,
-    evaluate,
     train_client,
     train_server,
 )
