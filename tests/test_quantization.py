@@ -110,10 +110,10 @@ def test_a_run_is_close_to_that_of_the_plain_model(tmp_path: Path, folder: Path,
 def test_what_cannot_be_quantised_is_refused(
     tmp_path: Path, folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("fedsp.pretrained.find_spec", lambda name: None)
+    monkeypatch.setattr("fedsp.quantization.find_spec", lambda name: None)
     with pytest.raises(ValueError, match=r"`model.backbone.quantization` 4bit needs bitsandbytes"):
         load(folder, "4bit")
-    monkeypatch.setattr("fedsp.pretrained.find_spec", lambda name: object())
+    monkeypatch.setattr("fedsp.quantization.find_spec", lambda name: object())
     with pytest.raises(ValueError, match=r"must be null with `model.backbone.config`, got 8bit"):
         load_backbone(BackboneSpec(str(folder), config={"model_type": "gpt2"}, quantization="8bit"))
 

@@ -14,7 +14,7 @@ from transformers.pytorch_utils import Conv1D
 
 from fedsp.auxiliary import Auxiliary, AuxiliaryRecipe
 from fedsp.backbone import Backbone
-from fedsp.pretrained import dequantized
+from fedsp.quantization import dequantized
 from fedsp.shards import whole
 from fedsp.vocabulary import trim
 

@@ -6,7 +6,8 @@ from dataclasses import replace
 from torch import Tensor, nn
 
 from fedsp.backbone import Backbone
-from fedsp.pretrained import dequantized, skeleton
+from fedsp.pretrained import skeleton
+from fedsp.quantization import dequantized
 from fedsp.shards import is_sharded, whole
 
 

@@ -4,20 +4,18 @@ import copy
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from importlib.util import find_spec
 from pathlib import Path
-from typing import Any, Literal, NamedTuple, cast
+from typing import Any, Literal, NamedTuple
 
 import torch
 import torch.distributed as dist
 from accelerate import init_empty_weights
 from safetensors import SafetensorError
-from torch import Tensor, nn
+from torch import nn
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
     AutoTokenizer,
-    BitsAndBytesConfig,
     PreTrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
@@ -25,6 +23,7 @@ from transformers import (
 from transformers.distributed.configuration_utils import DistributedConfig
 from transformers.utils.logging import disable_progress_bar
 
+from fedsp.quantization import Bits, check_installed, keep_differentiable, quantization_config
 from fedsp.shards import prepare
 
 ASSETS = Path(__file__).parent / "assets"
@@ -163,7 +162,8 @@ def load_model(spec: BackboneSpec) -> PreTrainedModel:
     if spec.sharded:
         _check_sharded(spec)
     if spec.quantization is not None:
-        settings["quantization_config"] = _quantization(spec)
+        _check_quantized(spec, spec.quantization)
+        settings["quantization_config"] = quantization_config(spec.quantization, DTYPES[spec.dtype])
     if spec.config is not None:
         with _loading("model.backbone.config", str(spec.config.get("model_type"))):
             return AutoModelForCausalLM.from_config(_configuration(spec), **settings)
@@ -185,10 +185,7 @@ def load_model(spec: BackboneSpec) -> PreTrainedModel:
         )
     if spec.sharded:
         prepare(model)
-    for module in model.modules():
-        if hasattr(module, "support_avx512bf16_for_cpu"):
-            # else a 4-bit layer packs its weights for a product that has no gradient
-            module.support_avx512bf16_for_cpu = False
+    keep_differentiable(model)
     return model
 
 
@@ -263,44 +260,15 @@ def _check_sharded(spec: BackboneSpec) -> None:
         )
 
 
-def _quantization(spec: BackboneSpec) -> BitsAndBytesConfig:
-    """Return the settings of bitsandbytes."""
-    option = "`model.backbone.quantization`"
-    if find_spec("bitsandbytes") is None:
-        raise ValueError(
-            f"{option} {spec.quantization} needs bitsandbytes, which is not installed: pip install "
-            '"fedsp[quantization]", or set it to null.'
-        )
+def _check_quantized(spec: BackboneSpec, bits: Bits) -> None:
+    """Refuse what cannot be quantised."""
+    check_installed(bits)
     if spec.config is not None or spec.sharded:
         other = "sharded" if spec.sharded else "config"
         raise ValueError(
-            f"{option} must be null with `model.backbone.{other}`, got {spec.quantization}: only a "
-            "whole model whose weights are in files is quantised."
+            f"`model.backbone.quantization` must be null with `model.backbone.{other}`, got "
+            f"{bits}: only a whole model whose weights are in files is quantised."
         )
-    return BitsAndBytesConfig(
-        load_in_8bit=spec.quantization == "8bit",
-        load_in_4bit=spec.quantization == "4bit",
-        bnb_4bit_quant_type="nf4",
-        bnb_4bit_compute_dtype=DTYPES[spec.dtype],
-    )
-
-
-def dequantized(module: nn.Module, parameter: Tensor) -> Tensor:
-    """Return a parameter itself, or as floating point what quantised weights stand for.
-
-    Args:
-        module: Whose parameter it is.
-        parameter: As it is held.
-    """
-    if type(parameter).__name__ not in {"Params4bit", "Int8Params"}:
-        return parameter
-    # an import of bitsandbytes, too
-    from transformers.integrations.bitsandbytes import dequantize_bnb_weight
-
-    plain: Tensor = dequantize_bnb_weight(
-        cast(nn.Parameter, parameter), getattr(module, "state", None)
-    )
-    return plain
 
 
 def _division(source: str) -> Any:
