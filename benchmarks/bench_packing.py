@@ -20,12 +20,12 @@ import torch
 from figure import Figure
 from torch import Tensor
 
-from fedsp.backbone import Backbone, load_backbone, load_tokenizer
+from fedsp.backbone import Backbone, load_backbone
 from fedsp.batching import Batching, StepBatches
 from fedsp.collate import collate
 from fedsp.examples import Example
 from fedsp.losses import token_cross_entropy
-from fedsp.pretrained import BackboneSpec
+from fedsp.pretrained import BackboneSpec, load_tokenizer
 from fedsp.sources import Docstrings
 
 NUM_VIRTUAL_TOKENS, NUM_TEXTS, MAX_TOKENS = 20, 192, 128
