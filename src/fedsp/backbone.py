@@ -17,7 +17,7 @@ from transformers import PreTrainedModel
 
 from fedsp.choice_tree import depths, predecessors, seen_text, tree_masks
 from fedsp.positions import mask_with_prompt, padding_to_the_right, text_positions
-from fedsp.prefix_cache import ModelCache, check_prefix, empty_cache, read_only_cache, read_prefix
+from fedsp.prefix_cache import ModelCache, check_prefix, new_cache, read_only_cache, read_prefix
 from fedsp.pretrained import (
     NAME_OPTION,
     BackboneSpec,
@@ -272,7 +272,7 @@ class Backbone(nn.Module):
             [L, 2, K, P, D] float32; as a prompt before a text it equals running both in one piece.
 
         Raises:
-            ValueError: If there are more tokens than positions.
+            ValueError: If there are more tokens than positions; `start` is taken as it is given.
         """
         if start is None:
             num_tokens, offset = input_ids.shape[1], self.spec.position_offset
@@ -380,7 +380,7 @@ class Backbone(nn.Module):
         return output.last_hidden_state
 
     def _keys_values(self, input_ids: Tensor, start: int) -> Tensor:
-        cache = empty_cache()
+        cache = new_cache()
         self._run(input_ids, torch.ones_like(input_ids), cache, start)
         return read_prefix(cache, self.kv_shape)
 

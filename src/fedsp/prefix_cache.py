@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from transformers.cache_utils import Cache, DynamicCache, DynamicLayer
 
-ModelCache = Cache
+ModelCache = Cache  # for who passes one on
 
 
 def check_prefix(prefix: Tensor, kv_shape: tuple[int, int, int]) -> None:
@@ -64,13 +64,13 @@ def growing_cache(prefix: Tensor, rows: int) -> ModelCache:
     return cache
 
 
-def empty_cache() -> ModelCache:
+def new_cache() -> ModelCache:
     """Return a cache that keeps what a model computes, for `read_prefix`."""
     return DynamicCache()
 
 
 def read_prefix(cache: ModelCache, kv_shape: tuple[int, int, int]) -> Tensor:
-    """Return what a model has put into an empty cache.
+    """Return what a model has put into `new_cache`.
 
     Args:
         cache: After one row of P tokens.
