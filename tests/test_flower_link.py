@@ -3,82 +3,19 @@
 import os
 import shutil
 import threading
-import time
-from collections.abc import Callable, Iterator
-from itertools import pairwise
+from collections.abc import Iterator
 from pathlib import Path
-from sys import getrecursionlimit
 from typing import Any
 
 import pytest
 from flwr.app import ConfigRecord
-from flwr.proto.message_pb2 import ObjectTree
 
 from fedsp import credentials, flower_node
-from fedsp.credentials import create_authority, create_node_key, issue_server_certificate
-from fedsp.federation_settings import Address
-from fedsp.flower_link import FlowerLink
+from fedsp.credentials import create_authority, issue_server_certificate
 from fedsp.flower_node import FlowerNode
 from fedsp.flower_records import pack_record
-from fedsp.remote import FederationError
 from fedsp.wire import Record
-from processes import free_port
-
-NAMES = ["alpha", "beta"]
-SECONDS = 30.0
-Answer = Callable[[Record], Record]
-
-
-def echo(record: Record) -> Record:
-    return record
-
-
-class Federation:
-    """A server's folder, its link while it is open, and parties that are threads."""
-
-    def __init__(self, root: Path) -> None:
-        self.root, self.address = root, Address("127.0.0.1", free_port())
-        self.told: dict[str, list[str]] = {name: [] for name in ("server", *NAMES)}
-        self.failures: dict[str, Exception] = {}
-        self.threads: dict[str, threading.Thread] = {}
-        self._ended = {name: threading.Event() for name in NAMES}
-        self._link: FlowerLink | None = None
-        create_authority(root / "authority")
-        issue_server_certificate(root / "authority", root / "server", ["127.0.0.1"])
-        (root / "server" / "parties").mkdir()
-        for name in NAMES:
-            create_node_key(root / name)
-            shutil.copy(root / "authority" / "ca.crt", root / name)
-            shutil.copy(root / name / "node.pub", root / "server" / "parties" / f"{name}.pub")
-
-    def open(self) -> FlowerLink:
-        told = self.told["server"].append
-        self._link = FlowerLink(self.root / "server", self.address, NAMES, told)
-        return self._link
-
-    def start(self, name: str, answer: Answer = echo, has_ended: Any = None) -> None:
-        """Start a party; it ends when the test does, or after an answer that ends it."""
-        node = FlowerNode(self.root / name, self.address, self.told[name].append)
-
-        def serve() -> None:
-            try:
-                node.serve(answer, has_ended or self._ended[name].is_set)
-            except FederationError as error:
-                self.failures[name] = error
-
-        self.threads[name] = threading.Thread(target=serve, name=name)
-        self.threads[name].start()
-
-    def close(self) -> None:
-        for ended in self._ended.values():
-            ended.set()
-        if self._link is None and self.threads:  # who waits for a server would do so for ever
-            self.open()
-        for thread in self.threads.values():
-            thread.join(SECONDS)
-        if self._link is not None:
-            self._link.close()
-        assert not any(thread.is_alive() for thread in self.threads.values())
+from link_parties import SECONDS, Federation, meet, receive, wait_until
 
 
 @pytest.fixture
@@ -86,30 +23,6 @@ def federation(tmp_path: Path) -> Iterator[Federation]:
     made = Federation(tmp_path)
     yield made
     made.close()
-
-
-def wait_until(condition: Callable[[], bool]) -> None:
-    deadline = time.monotonic() + SECONDS
-    while not condition():
-        assert time.monotonic() < deadline
-        time.sleep(0.02)
-
-
-def meet(federation: Federation, **answers: Answer) -> FlowerLink:
-    """Open the port and wait for both parties; those that are not named echo."""
-    link = federation.open()
-    for name in NAMES:
-        federation.start(name, answers.get(name, echo))
-    wait_until(lambda: sorted(link.present()) == NAMES)
-    return link
-
-
-def receive(link: FlowerLink, count: int) -> list[tuple[str, Record]]:
-    came: list[tuple[str, Record]] = []
-    deadline = time.monotonic() + SECONDS
-    while len(came) < count and time.monotonic() < deadline:
-        came += link.receive(1.0)
-    return came
 
 
 def test_an_answer_is_received_after_its_sender_has_left(federation: Federation) -> None:
@@ -192,33 +105,6 @@ def test_what_is_no_record_is_told_and_costs_nobody_else_an_answer(
     monkeypatch.undo()
     link.send("alpha", {"kind": "round"})
     assert receive(link, 1) == [("alpha", {"kind": "round"})]
-
-
-def test_an_answer_that_is_nested_too_deeply_costs_nobody_else_an_answer(
-    federation: Federation, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    link = meet(federation)
-    # a party can announce a part that holds one announced before, as often as it likes
-    store = link._state.object_store
-    parts = [ObjectTree(object_id=f"{depth:064x}") for depth in range(2 * getrecursionlimit())]
-    for inner, outer in pairwise(parts):
-        nested = ObjectTree(object_id=outer.object_id, children=[inner])
-        store.preregister(link._grid.run.run_id, nested)
-    get_object_tree = flower_node.get_object_tree
-
-    def nested_tree(reply: Any) -> ObjectTree:
-        if threading.current_thread().name == "alpha":
-            return ObjectTree(object_id=reply.object_id, children=[parts[-1]])
-        return get_object_tree(reply)
-
-    monkeypatch.setattr(flower_node, "get_object_tree", nested_tree)
-    link.send("alpha", {"kind": "round"})
-    wait_until(lambda: len(link._state.message_res_store) == 1)
-    link.send("beta", {"kind": "round"})
-    assert receive(link, 1) == [("beta", {"kind": "round"})]
-    assert (
-        "alpha: an answer that Flower cannot read: RecursionError" in federation.told["server"][1]
-    )
 
 
 def test_nothing_stays_in_the_server_s_memory(federation: Federation) -> None:

@@ -11,8 +11,7 @@ import logging
 import socket
 import threading
 import time
-from base64 import b64encode
-from collections.abc import Awaitable, Callable, Mapping, MutableMapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from secrets import token_bytes
 from typing import Any
@@ -29,7 +28,6 @@ from flwr.common.constant import (
     TRANSPORT_TYPE_GRPC_RERE,
 )
 from flwr.supercore.constant import (
-    FLEET_HTTP_PUBLIC_KEY_HEADER,
     FLWR_IN_MEMORY_DB_NAME,
     NOOP_FEDERATION_ID,
     NodeStatus,
@@ -48,55 +46,18 @@ from flwr.superlink.main import create_app
 from flwr.superlink.servicer.runtime import runtime_handlers
 
 from fedsp.federation_settings import Address
+from fedsp.flower_gate import Gate, Intake, bound_uploads
 from fedsp.flower_records import MESSAGE_TYPE, pack_record, unpack_record
 from fedsp.messages import MessageError
 from fedsp.remote import FederationError
 from fedsp.wire import Record
 
 POLL_SECONDS = 0.2
-# Flower cuts what is large into pieces of 5 MB
-MAX_BODY_BYTES = 64 * 2**20
 _START_SECONDS = 60.0
 # connections beyond these are turned away; a party needs a handful
 _CONNECTIONS = 100
 _TTL_SECONDS = 7 * 86400.0
 _LOGGERS = ("flwr", "uvicorn")
-
-Scope = MutableMapping[str, Any]
-Application = Callable[[Scope, Any, Any], Awaitable[None]]
-
-
-class Gate:
-    """Lets the parties through to Flower's routes for clients, and nobody to anything else."""
-
-    def __init__(self, application: Application, keys: Sequence[bytes]) -> None:
-        """Take Flower's application in.
-
-        Args:
-            application: Flower's.
-            keys: The parties' public keys, PEM.
-        """
-        self._application = application
-        self._keys = {b64encode(key) for key in keys}
-        self._header = FLEET_HTTP_PUBLIC_KEY_HEADER.lower().encode()
-
-    async def __call__(self, scope: Scope, receive: Any, send: Any) -> None:
-        """Pass a request on, or answer 403."""
-        if scope["type"] == "lifespan" or (scope["type"] == "http" and self._is_welcome(scope)):
-            await self._application(scope, receive, send)
-            return
-        await send({"type": "http.response.start", "status": 403, "headers": []})
-        await send({"type": "http.response.body", "body": b"not a party of this federation"})
-
-    def _is_welcome(self, scope: Scope) -> bool:
-        headers = dict(scope["headers"])
-        length = headers.get(b"content-length", b"")
-        return (
-            str(scope["path"]).startswith("/v1/fleet/")
-            and headers.get(self._header) in self._keys
-            and length.isdigit()
-            and int(length) <= MAX_BODY_BYTES
-        )
 
 
 class FlowerLink:
@@ -133,7 +94,8 @@ class FlowerLink:
         keys = {name: _public_key(folder / "parties" / f"{name}.pub") for name in parties}
         self._nodes = {name: self._register(name, key) for name, key in keys.items()}
         self._grid = _LocalGrid(self._state)
-        self._party_of: dict[str, str] = {}
+        self._intake = Intake(self._state, self._nodes, self._tell)
+        bound_uploads(application, self._intake)
         config = uvicorn.Config(
             Gate(application, [*keys.values()]),
             ssl_keyfile=folder / "server.key",
@@ -173,22 +135,15 @@ class FlowerLink:
         """Leave a record for a party to fetch; one that it has not fetched yet is withdrawn."""
         self._withdraw(party)
         message = Message(pack_record(record), self._nodes[party], MESSAGE_TYPE, ttl=_TTL_SECONDS)
-        for message_id in self._grid.push_messages([message]):
-            self._party_of[message_id] = party
+        size = sum(len(value) for value in record.values() if isinstance(value, bytes | str))
+        self._grid.push(message, lambda message_id: self._intake.ask(message_id, party, size))
 
     def _withdraw(self, party: str) -> None:
         with self._state.lock:
-            stale = {
-                message_id
-                for message_id, name in self._party_of.items()
-                if name == party
-                and (message := self._state.message_ins_store.get(message_id)) is not None
-                and message.metadata.delivered_at == ""
-            }
-            self._state.delete_messages(message_ins_ids=stale)
-            for message_id in stale:
-                self._state.object_store.delete(message_id)
-                del self._party_of[message_id]
+            for message_id, name in self._intake.open.items():
+                message = self._state.message_ins_store.get(message_id)
+                if name == party and message is not None and message.metadata.delivered_at == "":
+                    self._intake.forget(message_id)
 
     def receive(self, seconds: float) -> list[tuple[str, Record]]:
         """Return what has come, by party; wait for the first at most so long."""
@@ -207,7 +162,7 @@ class FlowerLink:
         gives an error in the place of one whose sender has left.
         """
         came = []
-        for message_id, party in [*self._party_of.items()]:
+        for message_id, party in self._intake.open.items():
             try:
                 # Flower's handlers lock the state first, then what they need of it: so must we
                 with self._state.lock:
@@ -221,7 +176,7 @@ class FlowerLink:
             except Exception as error:
                 # Flower checks nothing of what a party sends, and fails in many ways over it
                 self._tell(f"{party}: an answer that Flower cannot read: {error!r:.200}")
-            del self._party_of[message_id]
+                self._intake.forget(message_id)
         return came
 
     def _take(self, message_id: str) -> tuple[str, dict[str, bytes]]:
@@ -233,8 +188,7 @@ class FlowerLink:
         reply_id = self._state.message_ins_id_to_message_res_id.get(message_id, "")
         contents = self._contents(reply_id)
         if contents:
-            self._state.delete_messages(message_ins_ids={message_id})
-            self._state.object_store.delete(reply_id)
+            self._intake.forget(message_id)
         return reply_id, contents
 
     def _contents(self, reply_id: str) -> dict[str, bytes]:
@@ -265,9 +219,14 @@ class _Runtime:
 
     def __init__(self, state: Any, task: Any) -> None:
         self._state, self._task = state, task
+        self.on_push: Callable[[str], None]
 
     def PushMessages(self, request: Any) -> Any:  # noqa: N802 - Flower's name
-        return runtime_handlers.push_messages(request, self._state, self._task)
+        with self._state.lock:  # who fetches a message may answer it at once
+            response = runtime_handlers.push_messages(request, self._state, self._task)
+            for message_id in filter(None, response.message_ids):
+                self.on_push(message_id)
+        return response
 
     def PushObject(self, request: Any) -> Any:  # noqa: N802
         return runtime_handlers.push_object(request, self._state, self._task)
@@ -292,6 +251,11 @@ class _LocalGrid(HttpGrid):
         # a run whose task shows no life is ended
         self._life = HeartbeatSender(lambda: bool(state.acknowledge_task_heartbeat(task_id)))
         self._life.start()
+
+    def push(self, message: Message, on_push: Callable[[str], None]) -> None:
+        """Leave a message; its id is told before anybody can fetch it."""
+        self._client.on_push = on_push
+        self.push_messages([message])
 
     def stop(self) -> None:
         self._life.stop()
