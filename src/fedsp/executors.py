@@ -140,14 +140,12 @@ class InProcessExecutor(Executor):
         on_start: Callable[[int], None],
     ) -> Iterator[Reply]:
         """Let every client of the cohort work through one round; see `Executor.run`."""
-        ledger = self.simulation.ledger
-        broadcast_digest = digest(broadcast)
+        described = digest(broadcast)
         for client_id in self.within_budget(cohort):
             on_start(client_id)
-            self.hand_out(round_idx, client_id)
-            ledger.record_digest(round_idx, client_id, "down", *broadcast_digest)
+            self.record_down(round_idx, client_id, described)
             reply = self.turn(round_idx, client_id, broadcast)
-            ledger.record(round_idx, client_id, "up", reply.data)
+            self.simulation.ledger.record(round_idx, client_id, "up", reply.data)
             yield reply
 
     def turn(self, round_idx: int, client_id: int, broadcast: bytes) -> Reply:
@@ -209,17 +207,29 @@ class InProcessExecutor(Executor):
         answers = self.simulation.store.answers().get(client_id, 0)
         return privacy is None or privacy.affords(answers)
 
-    def hand_out(self, round_idx: int, client_id: int) -> None:
-        """Write the auxiliary model into the ledger, where the client does not have it yet."""
-        if client_id in self._handed_out:
-            return
+    def record_down(
+        self, round_idx: int, client_id: int, broadcast: tuple[dict[str, Any], int, str]
+    ) -> None:
+        """Write down what a client gets: the auxiliary model, if it has none, and the broadcast.
+
+        Args:
+            round_idx: 0-based communication round.
+            client_id: Who gets it.
+            broadcast: What `fedsp.ledger.digest` says of it.
+        """
+        ledger = self.simulation.ledger
+        if client_id not in self._handed_out:
+            ledger.record_digest(round_idx, client_id, "down", *self._describe_handout())
+            self._handed_out.add(client_id)
+        ledger.record_digest(round_idx, client_id, "down", *broadcast)
+
+    def _describe_handout(self) -> tuple[dict[str, Any], int, str]:
         if self._handout is None:
             client = self.simulation.client
             # after a resume another client's model may be in there
             client.load_private_state(self._initial)
             self._handout = digest(encode_handout(client.require_model()[0].handout()))
-        self.simulation.ledger.record_digest(round_idx, client_id, "down", *self._handout)
-        self._handed_out.add(client_id)
+        return self._handout
 
     def state_dict(self) -> dict[str, Any]:
         """Return who holds an auxiliary model, and which private states are valid."""

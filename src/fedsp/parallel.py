@@ -43,11 +43,9 @@ class ParallelExecutor(Executor):
     ) -> Iterator[Reply]:
         """Let every client of the cohort work through one round; see `Executor.run`."""
         shared = self._local.simulation
-        broadcast_digest = digest(broadcast)
-        cohort = self._local.within_budget(cohort)
+        cohort, described = self._local.within_budget(cohort), digest(broadcast)
         for client_id in cohort:
-            self._local.hand_out(round_idx, client_id)
-            shared.ledger.record_digest(round_idx, client_id, "down", *broadcast_digest)
+            self._local.record_down(round_idx, client_id, described)
         work = {client_id: shared.data.client_tokens_a_batch(client_id) for client_id in cohort}
         own = divide(work, self._ranks.size)[self._ranks.rank]
         replies = []

@@ -229,10 +229,13 @@ class ServerModule(LightningModule):
 
     def payload(self) -> Payload:
         """Return copies of what travels: the soft prompt, tuned weights, or both."""
-        prompt = self.require_model()[1]
-        with_prompt = prompt.num_virtual_tokens or not self._weights
-        named = {SOFT_PROMPT: prompt.prefix().cpu()} if with_prompt else {}
+        named = {SOFT_PROMPT: self.require_model()[1].prefix().cpu()} if self.tunes_prompt else {}
         return named | self.weights()
+
+    @property
+    def tunes_prompt(self) -> bool:
+        """Whether a soft prompt is tuned and travels; one without tokens stands for no weights."""
+        return self.prompt_spec.num_virtual_tokens > 0 or self.tuned_weights is None
 
     def weights(self) -> Payload:
         """Return copies of the tuned weights, without the prompt."""

@@ -16,9 +16,8 @@ from fedsp.data import FederatedDataModule
 from fedsp.executors import BudgetSpentError, InProcessExecutor, Simulation
 from fedsp.handout import receive_handout
 from fedsp.ledger import Ledger, next_attempt
-from fedsp.messages import Contract, MessageError
+from fedsp.messages import MessageError
 from fedsp.opening import install, launch, set_up_data
-from fedsp.payload import SOFT_PROMPT
 from fedsp.run_folder import RunFolder
 from fedsp.server import ServerModule
 from fedsp.stages import try_out
@@ -163,14 +162,12 @@ class ClientSite:
 
     def _load(self, handout: bytes, request: Request) -> InProcessExecutor:
         trainer = self.trainer
-        outline, prompt = trainer.server.require_model()
+        outline = trainer.server.require_model()[0]
         auxiliary = receive_handout(handout, trainer.server.auxiliary_recipe, outline)
         install(trainer, self.client, auxiliary)
-        shapes = {name: tuple(tensor.shape) for name, tensor in self.client.weights().items()}
-        if prompt.num_virtual_tokens or not shapes:
-            shapes[SOFT_PROMPT] = tuple(prompt.prefix().shape)
-        communication = trainer.rules.communication
-        contract = Contract(shapes, communication.wire_dtype, communication.max_update_norm)
+        # the server's tuned weights are not here, the client's are of the same names and shapes
+        payload = trainer.server.payload() | self.client.weights()
+        contract = trainer.rules.contract(payload)
         self.ledger.declare(contract, auxiliary.handout_tensors(), self.client_id)
         simulation = Simulation(
             fabric=trainer.fabric,

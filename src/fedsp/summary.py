@@ -75,7 +75,7 @@ def _tuned_rows(trainer: Any, size: int) -> Rows:
     """What is tuned and travels: a soft prompt, weights, or both."""
     prompt = trainer.server.require_model()[1]
     rows = []
-    if prompt.num_virtual_tokens or trainer.server.tuned_weights is None:
+    if trainer.server.tunes_prompt:
         count = prompt.prefix().numel()
         tokens = plural(prompt.num_virtual_tokens, "virtual token")
         text = f"{human_count(count)} parameters, {human_share(count / size)}: {tokens} a layer"
