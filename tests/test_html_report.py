@@ -77,11 +77,26 @@ def test_the_tables_hold_means_differences_and_the_ledger(two: list[Run]) -> Non
     assert words.count("In every finished round the ledger adds up to the metrics.") == 3
 
 
-def test_a_ledger_that_does_not_add_up_is_shown(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("added", "words"),
+    [
+        (
+            (1, 0, "down", "server_broadcast", 1),
+            "The ledger and the metrics differ in round 1.",
+        ),
+        (
+            (0, 1, "up", "client_update", 1),
+            "In every finished round the ledger adds up to the metrics. Answers that came late, "
+            "after round 0 was measured, are beyond them.",
+        ),
+    ],
+)
+def test_a_ledger_with_more_than_the_metrics_says_whether_that_is_wrong(
+    tmp_path: Path, added: tuple[int, int, str, str, int], words: str
+) -> None:
     folder = runs.write_run(tmp_path / "run")
-    more = runs.payload(1, 0, "up", "client_update", 1)
-    runs.write_lines(folder / "ledger.jsonl", [*runs.payloads(2), more])
-    assert "The ledger and the metrics differ in round 1." in Page(page([read_run(folder)])).words
+    runs.write_lines(folder / "ledger.jsonl", [*runs.payloads(2), runs.payload(*added)])
+    assert words in Page(page([read_run(folder)])).words
 
 
 def test_names_are_text_and_never_markup(two: list[Run]) -> None:

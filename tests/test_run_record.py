@@ -87,7 +87,8 @@ def test_a_ledger_and_metrics_that_differ_say_where_which_way_and_by_how_much(
     assert read_run(folder).ledger_gaps() == []
     lines = [*runs.payloads(2)[1:], runs.payload(1, 1, "up", "client_update", 7)]
     runs.write_lines(folder / "ledger.jsonl", lines)
-    assert read_run(folder).ledger_gaps() == [(0, "down", -runs.HANDOUT), (1, "up", 7)]
+    assert read_run(folder).ledger_gaps() == [(0, "down", -runs.HANDOUT)]
+    assert read_run(folder).late_bytes() == {1: 7}
 
 
 @pytest.mark.parametrize(

@@ -172,16 +172,17 @@ def _check_absent(
 
 def _check_metrics(run_dir: Path, notes: list[str], findings: list[str]) -> None:
     """Hold the ledger's sums against the metrics of finished rounds, where the run has some."""
-    for round_idx, direction, surplus in read_run(run_dir).ledger_gaps():
-        where = f"{RunFolder(run_dir).ledger}, round {round_idx}"
-        if direction == "up" and surplus > 0:
-            notes.append(f"{where}: {surplus} bytes came up after the round was measured")
-        else:
-            more = "more" if surplus > 0 else "fewer: lines are gone"
-            findings.append(
-                f"{where}: comm/{direction}_bytes of the run's metrics is another number, the "
-                f"ledger has {abs(surplus)} bytes {more}"
-            )
+    run, ledger = read_run(run_dir), RunFolder(run_dir).ledger
+    notes += [
+        f"{ledger}, round {round_idx}: {late} bytes came up after the round was measured"
+        for round_idx, late in run.late_bytes().items()
+    ]
+    for round_idx, direction, surplus in run.ledger_gaps():
+        more = "more" if surplus > 0 else "fewer: lines are gone"
+        findings.append(
+            f"{ledger}, round {round_idx}: comm/{direction}_bytes of the run's metrics is another "
+            f"number, the ledger has {abs(surplus)} bytes {more}"
+        )
 
 
 def _compare(

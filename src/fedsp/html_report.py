@@ -217,7 +217,13 @@ def _check(run: Run) -> str:
     if wrong:
         rounds = ", ".join(map(str, wrong))
         return f'<p class="bad">The ledger and the metrics differ in round {rounds}.</p>'
-    return '<p class="good">In every finished round the ledger adds up to the metrics.</p>'
+    late = ", ".join(map(str, run.late_bytes()))
+    told = (
+        f" Answers that came late, after round {late} was measured, are beyond them."
+        if late
+        else ""
+    )
+    return f'<p class="good">In every finished round the ledger adds up to the metrics.{told}</p>'
 
 
 def _grid(drawn: Iterable[tuple[Chart, Any]], suffix: str) -> str:

@@ -98,9 +98,18 @@ class Run:
 
         Returns:
             Round, direction, and the bytes that the ledger has beyond the metrics, below 0 where it
-            has fewer; nothing where both say the same. An answer that came late, after its round
-            was measured, is beyond them.
+            has fewer; nothing where both say the same. Answers that came late are left out.
         """
+        return [gap for gap in self._surplus() if not _came_late(gap)]
+
+    def late_bytes(self) -> dict[int, int]:
+        """Return by finished round the bytes of answers that came after it was measured.
+
+        They are in the ledger and not in the metrics, and nothing is wrong with that.
+        """
+        return {gap[0]: gap[2] for gap in self._surplus() if _came_late(gap)}
+
+    def _surplus(self) -> list[tuple[int, str, int]]:
         sums: dict[tuple[int, str], int] = {}
         for row in self.settled_payloads():
             key = row["round"], row["direction"]
@@ -121,6 +130,11 @@ class Run:
             for name, value in flat.items()
             if name not in ("seed_everything", "trainer.run_dir") and not name.endswith(".seed")
         }
+
+
+def _came_late(gap: tuple[int, str, int]) -> bool:
+    """Whether more was sent than measured, and by clients: a server sends in time."""
+    return gap[1] == "up" and gap[2] > 0
 
 
 def find_runs(path: Path) -> list[Path]:
