@@ -177,6 +177,32 @@ def test_the_command_prints_json(tmp_path: Path) -> None:
     assert json.loads(outcome.out).keys() == asdict(_some_plan()).keys()
 
 
+def test_the_command_says_what_noise_will_cost_and_where_the_budget_ends(tmp_path: Path) -> None:
+    noise = {"noise_multiplier": 1.0, "delta": 0.01}
+    clipping = of_class("fedsp.clipping.FixedClipping", norm=0.1)
+    changes = {
+        "trainer.aggregator": None,
+        "trainer.num_rounds": 6,
+        "trainer.callbacks": None,
+        "trainer.sampler": None,
+        "trainer.privacy": of_class("fedsp.privacy.CentralPrivacy", clipping=clipping, **noise),
+        "client.init_args.privacy": of_class("fedsp.privacy.LocalPrivacy", clip_norm=0.1, **noise),
+    }
+    file = write_config(tmp_path / "config.yaml", changed(make_config(tmp_path), changes))
+    outcome = command("plan", "--config", file, "--as_json", "true")
+    assert outcome.status == 0, outcome
+    unlimited = json.loads(outcome.out)
+    assert unlimited["rounds"] == unlimited["privacy"]["central"]["releases"] == 6
+    budget = f"--trainer.privacy.max_epsilon={unlimited['privacy']['central']['epsilon'] - 1e-6}"
+    outcome = command("plan", "--config", file, budget)
+    assert outcome.status == 0, outcome
+    words = " ".join(outcome.out.split())
+    assert "of a client, server's noise, 5 releases" in words
+    assert "of a client, its own noise, 5 releases" in words
+    assert "rounds 5 of 6: `trainer.privacy.max_epsilon` pays for no more" in words
+    assert "for 5 rounds on cpu" in words
+
+
 def test_settings_are_checked_as_before_a_run(tmp_path: Path) -> None:
     changes = {"trainer.aggregator": of_class("fedsp.aggregation.MultiKrum")}
     config = changed(make_config(tmp_path), changes)
@@ -202,6 +228,8 @@ def _some_plan() -> Plan:
         "logits": 1,
     }
     return Plan(
+        rounds=2,
+        privacy={},
         parameters={},
         server_memory=memory,
         client_memory=memory,

@@ -6,7 +6,7 @@ with the first figure that is asked for.
 
 import importlib.util
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cache, cached_property
 from typing import Any
 
 _NEVER = 2**40  # releases that no run reaches: no bound
@@ -94,12 +94,16 @@ class Accountant:
 
     def most_releases(self, max_epsilon: float | None) -> int:
         """Return the largest number of releases that costs at most `max_epsilon`."""
-        if max_epsilon is None:
-            return _NEVER
-        low, high = 0, 1
-        while self.epsilon(high) <= max_epsilon and high < _NEVER:
-            low, high = high, 2 * high
-        while high - low > 1:
-            middle = (low + high) // 2
-            low, high = (middle, high) if self.epsilon(middle) <= max_epsilon else (low, middle)
-        return low
+        return _NEVER if max_epsilon is None else _most_releases(self, max_epsilon)
+
+
+@cache  # asked for every client in every round
+def _most_releases(accountant: Accountant, max_epsilon: float) -> int:
+    low, high = 0, 1
+    while accountant.epsilon(high) <= max_epsilon and high < _NEVER:
+        low, high = high, 2 * high
+    while high - low > 1:
+        middle = (low + high) // 2
+        pays = accountant.epsilon(middle) <= max_epsilon
+        low, high = (middle, high) if pays else (low, middle)
+    return low

@@ -25,6 +25,7 @@ from fedsp.rehearsal import (
     rehearse_quality,
     rehearse_server,
 )
+from fedsp.spending import plan_spending
 
 # what allocators keep of freed memory, in parts of the tensors; docs/plan.md has what was measured
 ALLOCATOR_SHARE = 0.1
@@ -35,6 +36,9 @@ class Plan:
     """The figures of a run, in plain units.
 
     Args:
+        rounds: Rounds that are run: fewer than were asked for where the server's budget ends.
+        privacy: By `central` and `local` noise, where there is any: `epsilon` at the end of the
+            run, its `delta`, the budget `max_epsilon` and the `releases` that count.
         parameters: Entries of `global`, `auxiliary`, `prompt` and what is trained of them
             (`trained_on_server`, `trained_on_client`).
         server_memory: Bytes by component, for a machine of its own.
@@ -50,6 +54,8 @@ class Plan:
         seconds: Estimated time of the whole run by what it goes into, on this machine.
     """
 
+    rounds: int
+    privacy: dict[str, dict[str, Any]]
     parameters: dict[str, int]
     server_memory: dict[str, int]
     client_memory: dict[str, int]
@@ -75,7 +81,7 @@ def make_plan(trainer: Any, client: ClientModule) -> Plan:
     server.start_tuning(auxiliary)
     trainer.fabric.to_device(server)
     install(trainer, client, auxiliary)
-    cohorts = [trainer.cohort(round_idx) for round_idx in range(trainer.num_rounds)]
+    cohorts, spent = plan_spending(trainer, client)
     costs = Costs(
         quality_bytes,
         distillation,
@@ -86,6 +92,8 @@ def make_plan(trainer: Any, client: ClientModule) -> Plan:
     handout = len(encode_handout(auxiliary.handout()))
     process_memory = _process_memory(trainer, client, costs, handout)
     return Plan(
+        rounds=len(cohorts),
+        privacy=spent,
         parameters=_parameters(trainer, client),
         server_memory=_server_memory(trainer, costs),
         client_memory=_client_memory(client, costs.client),

@@ -18,6 +18,7 @@ from fedsp.display import (
     sections,
 )
 from fedsp.plan import ALLOCATOR_SHARE, Plan
+from fedsp.spending import budget_rows, spending_texts
 
 _COMPONENTS = {
     "weights": "weights",
@@ -63,6 +64,7 @@ def plan_table(plan: Plan, trainer: Any) -> RenderableType:
         ("Disk", disk_rows(plan)),
         ("Steps", [(name, human_count(plan.steps[key])) for key, name in _STEPS.items()]),
         ("Time", time_rows(plan, trainer)),
+        *([("Privacy", rows)] if (rows := privacy_rows(plan, trainer)) else []),
     ]
     title = Rule(Text(f"Plan  {trainer.folder.path}", "bold"), align="left", style="dim")
     return Group(title, sections(content))
@@ -127,8 +129,15 @@ def time_rows(plan: Plan, trainer: Any) -> Rows:
     """Return where the time goes."""
     rows = [(name, human_seconds(seconds)) for name, seconds in plan.seconds.items() if seconds]
     total = human_seconds(sum(plan.seconds.values()))
-    rounds = plural(trainer.num_rounds, "round")
+    rounds = plural(plan.rounds, "round")
     return [*rows, ("in all", f"about {total} for {rounds} on {trainer.fabric.device}")]
+
+
+def privacy_rows(plan: Plan, trainer: Any) -> Rows:
+    """Return what noise will have cost, and how far the budget goes; empty without noise."""
+    sides = {"central": "server", "local": "client"}
+    rows = [(sides[where], text) for where, text in spending_texts(plan.privacy).items()]
+    return [*rows, *budget_rows(plan.rounds, trainer.num_rounds)]
 
 
 def _components(memory: dict[str, int]) -> str:

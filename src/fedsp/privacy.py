@@ -7,9 +7,11 @@ to a norm and hidden by Gaussian noise.
 import json
 import math
 import warnings
+from bisect import bisect_right
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from functools import cached_property
+from itertools import accumulate
 from pathlib import Path
 from typing import Any, Literal
 
@@ -23,10 +25,9 @@ from fedsp.noise import NoiseSource
 from fedsp.payload import Payload
 from fedsp.private_mean import PrivateMean
 from fedsp.ranks import Ranks
-from fedsp.sampling import ClientSampler, UniformSampler
+from fedsp.sampling import ClientSampler, check_secret_cohorts
 from fedsp.state_files import write_text_atomically
 
-SECRET_BITS = 64
 ACCOUNTANT = "dp-accounting, Renyi differential privacy"
 _NEIGHBOURS = {
     "none": "one client's changes, all of them, are there or zero; who takes part is known",
@@ -123,7 +124,7 @@ class CentralPrivacy:
                 "or raise `trainer.sampler.clients_per_round`."
             )
         if self.amplification == "sampling":
-            _check_sampling(sampler, seed)
+            check_secret_cohorts(sampler, seed)
         self.clipping.check(self.noise_multiplier, cohort_size)
         require_accounting("trainer.privacy")
         accountant = self._make_accountant(*sizes)
@@ -195,10 +196,20 @@ class CentralPrivacy:
         """Rounds that count so far for the client who has the most of them."""
         return self._releases(self._rounds, self._participations)
 
-    def planned_epsilon(self, cohorts: Sequence[Sequence[int]]) -> float:
-        """Return what rounds with such cohorts cost together, whatever has been spent so far."""
-        participations = Counter(client_id for cohort in cohorts for client_id in cohort)
-        return self._require()[0].epsilon(self._releases(len(cohorts), participations))
+    def planned(
+        self, cohorts: Sequence[Sequence[int]], sizes: tuple[int, int]
+    ) -> tuple[int, int, float]:
+        """Return how many rounds with such cohorts are paid for, their releases and their epsilon.
+
+        Args:
+            cohorts: Of all rounds from the first one on.
+            sizes: Clients of the first cohort and of the population.
+        """
+        accountant = self._make_accountant(*sizes)
+        drawn = accumulate(map(Counter, cohorts), initial=Counter[int]())
+        releases = [self._releases(rounds, each) for rounds, each in enumerate(drawn)]
+        rounds = bisect_right(releases, accountant.most_releases(self.max_epsilon)) - 1
+        return rounds, releases[rounds], accountant.epsilon(releases[rounds])
 
     def metrics(self) -> dict[str, float]:
         """Return the round's figures; the clipped fraction is the server's own, without noise."""
@@ -370,22 +381,6 @@ class LocalPrivacy:
             "accountant": ACCOUNTANT,
             "repeatable_noise": self._is_repeatable,
         }
-
-
-def _check_sampling(sampler: ClientSampler, seed: int) -> None:
-    """Refuse amplification where the cohorts are no secret uniform samples."""
-    if type(sampler) is not UniformSampler:
-        raise ValueError(
-            "`trainer.privacy.amplification` sampling needs fedsp.sampling.UniformSampler, got "
-            f"{type(sampler).__name__}. Set it to none."
-        )
-    if seed.bit_length() < SECRET_BITS:
-        raise ValueError(
-            "`trainer.privacy.amplification` sampling needs a `trainer.seed` that nobody can "
-            f"guess, of at least {SECRET_BITS} bits, got {seed}: the cohorts follow from it. Make "
-            'one by `python -c "import secrets; print(secrets.randbits(127))"` and keep it to '
-            "yourself, or set amplification to none."
-        )
 
 
 def _warn_if_repeatable(option: str, is_repeatable: bool) -> None:

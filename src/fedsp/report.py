@@ -24,6 +24,7 @@ from fedsp.display import (
     plural,
     sections,
 )
+from fedsp.spending import spending_texts
 
 Metrics = Mapping[str, float]
 
@@ -156,18 +157,8 @@ def privacy_rows(results: Mapping[str, Any]) -> Rows:
     Args:
         results: What `results.json` holds.
     """
-    whose = {"central": "of a client, server's noise", "local": "of a client, its own noise"}
-    rows = []
-    for where, found in results.get("differential_privacy", {}).items():
-        budget = "" if found["max_epsilon"] is None else f" of {found['max_epsilon']:.4g}"
-        rows.append(
-            (
-                "privacy",
-                f"epsilon {found['epsilon']:.4g}{budget} at delta {found['delta']:.3g}, "
-                f"{whose[where]}, {plural(found['releases'], 'release')}",
-            )
-        )
-    return rows
+    texts = spending_texts(results.get("differential_privacy", {}))
+    return [("privacy", text) for text in texts.values()]
 
 
 def spent_text(rounds_done: int) -> str:

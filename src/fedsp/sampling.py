@@ -6,6 +6,8 @@ import torch
 
 from fedsp.seeding import stream
 
+SECRET_BITS = 64
+
 
 class ClientSampler(ABC):
     """Chooses the cohort of a round."""
@@ -85,3 +87,27 @@ class SingleClient(ClientSampler):
                 f"clients, got {self.client_id}."
             )
         return [self.client_id]
+
+
+def check_secret_cohorts(sampler: ClientSampler, seed: int) -> None:
+    """Refuse amplification of noise where the cohorts are no secret uniform samples.
+
+    Args:
+        sampler: The trainer's.
+        seed: The run's seed, from which the cohorts follow.
+
+    Raises:
+        ValueError: If the sampler is another one, or the seed can be guessed.
+    """
+    if type(sampler) is not UniformSampler:
+        raise ValueError(
+            "`trainer.privacy.amplification` sampling needs fedsp.sampling.UniformSampler, got "
+            f"{type(sampler).__name__}. Set it to none."
+        )
+    if seed.bit_length() < SECRET_BITS:
+        raise ValueError(
+            "`trainer.privacy.amplification` sampling needs a `trainer.seed` that nobody can "
+            f"guess, of at least {SECRET_BITS} bits, got {seed}: the cohorts follow from it. Make "
+            'one by `python -c "import secrets; print(secrets.randbits(127))"` and keep it to '
+            "yourself, or set amplification to none."
+        )

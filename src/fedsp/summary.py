@@ -3,7 +3,6 @@
 Only reads what the trainer holds; when and where it is printed is not known here.
 """
 
-from collections import Counter
 from collections.abc import Iterable
 from typing import Any
 
@@ -24,6 +23,7 @@ from fedsp.display import (
     sections,
 )
 from fedsp.messages import ClientUpdate, ServerBroadcast, encode
+from fedsp.spending import budget_rows, plan_spending, spending_texts
 
 _DTYPES = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}
 
@@ -191,23 +191,17 @@ def privacy_rows(trainer: Any) -> Rows:
     """Return what noise hides a client, and what the whole run may cost; empty without noise."""
     rows: Rows = []
     central, local = trainer.rules.privacy, trainer.client.privacy
-    cohorts = [trainer.cohort(round_idx) for round_idx in range(trainer.num_rounds)]
+    cohorts, spent = plan_spending(trainer, trainer.client)
+    costs = spending_texts(spent)
     if central is not None:
         noise = f"noise {central.noise_multiplier:g} x clipping norm {central.clipping.norm:g}"
         rows.append(("server", f"{noise} on the sum of {central.mean.cohort_size} changes"))
-        cost = _cost(central, central.planned_epsilon(cohorts))
-        rows.append(("", f"{cost}, amplification: {central.amplification}"))
+        rows.append(("", f"{costs['central']}, amplification: {central.amplification}"))
     if local is not None:
         noise = f"noise {local.noise_multiplier:g} x clipping norm {local.clip_norm:g}"
         rows.append(("client", f"{noise} on each change"))
-        counts = Counter(client_id for cohort in cohorts for client_id in cohort)
-        rows.append(("", _cost(local, local.epsilon(max(counts.values(), default=0)))))
-    return rows
-
-
-def _cost(privacy: Any, epsilon: float) -> str:
-    budget = "" if privacy.max_epsilon is None else f", of which {privacy.max_epsilon:g} are given"
-    return f"epsilon {epsilon:.4g} at delta {privacy.delta:g} for all rounds{budget}"
+        rows.append(("", costs["local"]))
+    return [*rows, *budget_rows(len(cohorts), trainer.num_rounds)]
 
 
 def run_rows(trainer: Any) -> Rows:
