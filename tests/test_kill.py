@@ -19,37 +19,12 @@ from torch import Tensor
 
 from fedsp.audit import audit
 from fedsp.ledger import read_ledger
-from fedsp.sampling import UniformSampler
-from fedsp.server import SoftPromptSpec
-from fedsp.soft_prompt import TextInit
-from fedsp.stages import Stage
 from fedsp.state_files import load_state
-from tiny import adamw, fit, make_client, make_server
+from processes import PRELOADED
+from tiny import fit_with_states
 
 ROUNDS = 4
 FILE_EVENTS = ("open", "os.rename", "os.remove", "os.mkdir")
-PRELOADED = [
-    "fedsp.trainer",
-    "transformers.models.gpt2.modeling_gpt2",
-    "peft",
-    "datasets.packaged_modules.json.json",
-]
-
-
-def federation(folder: Path, run_dir: Path) -> None:
-    """Run or go on: two of three clients a round, FedAdam, reparameterised prompts."""
-    fit(
-        folder,
-        run_dir,
-        ckpt_path="last" if run_dir.exists() else None,
-        num_rounds=ROUNDS,
-        sampler=UniformSampler(clients_per_round=2),
-        server_optimizer=lambda p: torch.optim.Adam(p, lr=0.05),
-        server=make_server(
-            folder, soft_prompt=SoftPromptSpec(4, TextInit(), reparameterization_size=3)
-        ),
-        client=make_client(auxiliary=Stage(1, adamw(1e-3)), dropout=0.2, reparameterization_size=3),
-    )
 
 
 def child(folder: Path, run_dir: Path, kill_at: int | None, counts: Any) -> None:
@@ -69,7 +44,7 @@ def child(folder: Path, run_dir: Path, kill_at: int | None, counts: Any) -> None
         done += 1
 
     sys.addaudithook(watch)
-    federation(folder, run_dir)
+    fit_with_states(folder, run_dir, ROUNDS)
     counts.value = done
 
 

@@ -6,11 +6,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 
-from fedsp.sampling import UniformSampler
-from fedsp.stages import Stage
-from tiny import adamw, fit, make_client
+from tiny import fit_with_states
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
 from random_kills import compare, ledger_differences, survive
@@ -18,21 +15,8 @@ from random_kills import compare, ledger_differences, survive
 ROUNDS = 3
 
 
-def federation(folder: Path, run_dir: Path) -> None:
-    """Run or go on: two of three clients a round, FedAdam, models that clients keep."""
-    fit(
-        folder,
-        run_dir,
-        ckpt_path="last" if run_dir.exists() else None,
-        num_rounds=ROUNDS,
-        sampler=UniformSampler(clients_per_round=2),
-        server_optimizer=lambda p: torch.optim.Adam(p, lr=0.05),
-        client=make_client(auxiliary=Stage(1, adamw(1e-3)), dropout=0.2),
-    )
-
-
 def test_a_run_that_is_killed_at_random_moments_loses_nothing(tmp_path: Path) -> None:
-    outcome = survive(tmp_path, partial(federation, tmp_path), seed=1)
+    outcome = survive(tmp_path, partial(fit_with_states, tmp_path, num_rounds=ROUNDS), seed=1)
     assert outcome.kills >= 1
     assert outcome.rounds == ROUNDS
     assert outcome.differences == []

@@ -18,6 +18,7 @@ from fedsp.examples import Example
 from fedsp.messages import ServerBroadcast
 from fedsp.partition import IID
 from fedsp.pretrained import BackboneSpec
+from fedsp.sampling import UniformSampler
 from fedsp.schedules import LinearWarmup
 from fedsp.server import ServerModule, SoftPromptSpec
 from fedsp.soft_prompt import TextInit
@@ -154,3 +155,22 @@ def examples(count: int, seed: int = 0, prompt: int = 6, completion: int = 3) ->
     generator = torch.Generator().manual_seed(seed)
     ids = torch.randint(1, 250, (count, prompt + completion), generator=generator).tolist()
     return [Example(row[:prompt], [row[prompt:]], 0, [completion]) for row in ids]
+
+
+def fit_with_states(folder: Path, run_dir: Path, num_rounds: int) -> None:
+    """Run a federation that keeps all kinds of states, or go on with it.
+
+    Two of three clients a round, FedAdam, reparameterised prompts, trained auxiliary models.
+    """
+    fit(
+        folder,
+        run_dir,
+        ckpt_path="last" if run_dir.exists() else None,
+        num_rounds=num_rounds,
+        sampler=UniformSampler(clients_per_round=2),
+        server_optimizer=lambda p: torch.optim.Adam(p, lr=0.05),
+        server=make_server(
+            folder, soft_prompt=SoftPromptSpec(4, TextInit(), reparameterization_size=3)
+        ),
+        client=make_client(auxiliary=Stage(1, adamw(1e-3)), dropout=0.2, reparameterization_size=3),
+    )
