@@ -10,6 +10,7 @@ from lightning.fabric import Fabric
 from torch import Tensor
 
 from fedsp.acceptance import Acceptance
+from fedsp.baseline import ServerOnlyBaseline
 from fedsp.data import FederatedDataModule
 from fedsp.server import ServerModule
 from tiny import fit, make_data, make_server
@@ -69,6 +70,30 @@ def test_a_run_notes_how_much_was_taken_and_takes_nothing_that_harms(tmp_path: P
     nothing = fit(tmp_path, tmp_path / "nothing", acceptance=Acceptance([0.0]))
     assert {r["server/accepted_fraction"] for r in nothing.history.rounds} == {0.0}
     assert "server/accepted_fraction" not in plain.history.rounds[0]
+
+
+def test_the_servers_own_steps_are_taken_only_where_that_is_asked(tmp_path: Path) -> None:
+    plain = fit(tmp_path, tmp_path / "plain")
+    both = Acceptance([1.0], server_training=True)
+    everything = fit(tmp_path, tmp_path / "all", acceptance=both)
+    assert [r["server/val_loss"] for r in everything.history.rounds] == [
+        r["server/val_loss"] for r in plain.history.rounds
+    ]
+    nothing = fit(
+        tmp_path,
+        tmp_path / "nothing",
+        acceptance=Acceptance([0.0], server_training=True),
+        callbacks=[ServerOnlyBaseline()],
+    )
+    for metrics in nothing.history.rounds:
+        assert metrics["server/accepted_training"] == 0.0
+        # with neither step taken all stays where it was, the baseline's twin too
+        assert metrics["server/val_loss"] == metrics["baseline/val_loss"]
+        assert metrics["server/val_loss"] == nothing.history.rounds[0]["server/val_loss"]
+    trained = fit(tmp_path, tmp_path / "clients", acceptance=Acceptance([0.0]))
+    losses = [metrics["server/val_loss"] for metrics in trained.history.rounds]
+    assert losses[-1] != nothing.history.rounds[-1]["server/val_loss"]
+    assert "server/accepted_training" not in trained.history.rounds[0]
 
 
 def test_what_cannot_be_measured_is_refused(tmp_path: Path) -> None:

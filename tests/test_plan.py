@@ -4,7 +4,7 @@ import json
 import os
 import subprocess
 import sys
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -12,14 +12,17 @@ import pytest
 
 import peak_memory
 from commands import changed, command, make_config, of_class, write_config
+from fedsp.acceptance import Acceptance
+from fedsp.batching import Batching
 from fedsp.client import ClientModule
 from fedsp.federation import Communication
 from fedsp.ledger import read_ledger
 from fedsp.opening import check_trainer, launch, load, set_up_data
 from fedsp.plan import Plan, make_plan
 from fedsp.plan_table import disk_rows, memory_rows, time_rows
+from fedsp.rehearsal import Cost, rehearse_evaluation
 from fedsp.sampling import UniformSampler
-from fedsp.server import SoftPromptSpec
+from fedsp.server import ServerModule, SoftPromptSpec
 from fedsp.stages import Stage
 from tiny import fit, make_client, make_data, make_server, make_trainer
 
@@ -140,6 +143,35 @@ def test_what_a_run_lacks_costs_nothing(folder: Path) -> None:
     assert set(plan.steps.values()) == {0}
     assert plan.client_states == {"each": 0, "peak": 0, "end": 0}
     assert disk_rows(plan) == [("clients", "nothing is kept between rounds")]
+
+
+def test_a_line_search_is_measured_as_often_as_planned(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def a_second_a_batch(trainer: Any, split: str) -> tuple[Cost, int] | None:
+        found = rehearse_evaluation(trainer, split)
+        return found and (replace(found[0], seconds=1.0), found[1])
+
+    measured: list[int] = []
+    step = ServerModule.validation_step
+
+    def counted(server: ServerModule, *args: Any) -> Any:
+        measured.append(1)
+        return step(server, *args)
+
+    monkeypatch.setattr("fedsp.plan.rehearse_evaluation", a_second_a_batch)
+    seconds, counts = [], []
+    for idx, acceptance in enumerate((None, Acceptance(num_batches=1, server_training=True))):
+        parts = tiny_parts(folder)
+        parts[2].batching = Batching(batch_size=4, eval_batch_size=4)
+        options = {"acceptance": acceptance, "num_rounds": 2}
+        seconds.append(plan_of(folder, parts, **options).seconds["evaluation"])
+        with monkeypatch.context() as patch:
+            patch.setattr(ServerModule, "validation_step", counted)
+            measured.clear()
+            fit(folder, folder / f"searched-{idx}", data=parts[2], **options)
+            counts.append(len(measured))
+    assert seconds[1] - seconds[0] == counts[1] - counts[0] == 2 * 2 * 4
 
 
 def test_the_peak_memory_is_that_of_a_run(tmp_path: Path) -> None:

@@ -1,4 +1,4 @@
-"""How much of the cohort's aggregate the server takes: as much as its own measurement bears out."""
+"""How much of a step the server takes: as much as its own measurement bears out."""
 
 from collections.abc import Sequence
 from itertools import islice
@@ -15,17 +15,23 @@ class Acceptance:
     """A line search between what was broadcast and what the cohort made of it.
 
     Clients with a small auxiliary model pull the prompt towards what suits that model: a help at
-    first and a hindrance near the end. The global model on the selection split tells which it is.
+    first and a hindrance near the end. A server with few examples learns them by heart. The global
+    model on the selection split tells what helps.
     """
 
     def __init__(
-        self, fractions: Sequence[float] = (0.0, 0.25, 0.5, 1.0), num_batches: int | None = None
+        self,
+        fractions: Sequence[float] = (0.0, 0.25, 0.5, 1.0),
+        num_batches: int | None = None,
+        server_training: bool = False,
     ) -> None:
         """Choose the points of the search.
 
         Args:
             fractions: Shares of the step that are measured, in [0, 1]; of equals the first wins.
             num_batches: Batches of the selection split that each is measured on; null takes all.
+            server_training: Search along what the server's own steps of a round made of the prompt,
+                too.
 
         Raises:
             ValueError: If a fraction lies outside [0, 1], none is given, or `num_batches` is below
@@ -41,6 +47,7 @@ class Acceptance:
                 f"`trainer.acceptance.num_batches` must be at least 1 or null, got {num_batches}."
             )
         self.fractions, self.num_batches = tuple(fractions), num_batches
+        self.server_training = server_training
 
     def check(self, data: FederatedDataModule) -> None:
         """Refuse data that nothing can be measured on.
@@ -68,8 +75,8 @@ class Acceptance:
             fabric: Where to run.
             server: Measures; it is left with the last point loaded.
             data: Gives the selection split.
-            before: What was broadcast.
-            after: What the aggregate would make of it.
+            before: Where the step starts.
+            after: Where it would lead.
 
         Returns:
             The chosen payload and its fraction of the step.

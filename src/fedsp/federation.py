@@ -217,23 +217,36 @@ class Federation:
         if not self.server.training_stage.steps or not self.data.num_examples("server"):
             return {}
         call("on_server_train_start", round_idx)
-        result = self.train(self.server, self.optimization, round_idx)
+        result, accepted = self.train(self.server, self.optimization, round_idx)
         call("on_server_train_end", round_idx, result)
         if not self.rules.communication.broadcast_average:
             self.broadcast = self.server.payload()
-        return {"server/train_loss": result.loss, "round/server_seconds": result.seconds}
+        metrics = {"server/train_loss": result.loss, "round/server_seconds": result.seconds}
+        return metrics | accepted
 
     def train(
         self, server: ServerModule, optimization: Optimization, round_idx: int
-    ) -> StageResult:
-        """Run the server's steps of a round on any server's prompt, with that round's batches."""
-        stage = server.training_stage
+    ) -> tuple[StageResult, dict[str, float]]:
+        """Run the server's steps of a round on any server's prompt, with that round's batches.
+
+        Returns:
+            The result of the stage, and how much of what it did was taken, if that was asked.
+        """
+        stage, acceptance = server.training_stage, self.rules.acceptance
+        before = server.payload()
         batches = self.data.server_dataloader(
             start_step=optimization.batches, num_steps=stage.batches
         )
-        return train_server(
+        result = train_server(
             self.fabric, server, optimization, batches, seed=self.seed, round_idx=round_idx
         )
+        if acceptance is None or not acceptance.server_training:
+            return result, {}
+        payload, fraction = acceptance.choose(
+            self.fabric, server, self.data, before, server.payload()
+        )
+        server.load_payload(payload)
+        return result, {"server/accepted_training": fraction}
 
     def _adopt(self, payload: Payload) -> None:
         self.broadcast = payload

@@ -263,22 +263,29 @@ def _seconds(
     rounds = len(cohorts)
     measured = sum(trainer.history.is_due(idx, rounds) for idx in range(rounds))
     # beside the rounds: the global model alone, and the first or the best prompt
-    acceptance = trainer.rules.acceptance
-    tried = 0 if acceptance is None else len(acceptance.fractions) * rounds
-    runs = {"selection": 2 + sides * measured + tried, "test": 1 + sides}
+    runs = {"selection": 2 + sides * measured, "test": 1 + sides}
     evaluations = {split: entry for split, entry in costs.evaluations.items() if entry is not None}
     a_server_round = stage.batches * costs.server.seconds if costs.server is not None else 0.0
     taught = 0.0
     if costs.distillation is not None:
         taught = spec.stage.batches * costs.distillation.seconds
         taught += (spec.prompts.rounds if spec.prompts is not None else 0) * a_server_round
+    measuring = sum(
+        runs[split] * batches * cost.seconds for split, (cost, batches) in evaluations.items()
+    )
+    acceptance = trainer.rules.acceptance
+    if acceptance is not None and "selection" in evaluations:
+        cost, batches = evaluations["selection"]
+        searches = sum(map(bool, cohorts))
+        if acceptance.server_training and costs.server is not None:
+            searches += sides * rounds
+        at_a_point = min(batches, acceptance.num_batches or batches)
+        measuring += searches * len(acceptance.fractions) * at_a_point * cost.seconds
     return {
         "distillation": taught,
         "clients": turns * a_turn,
         "server": sides * rounds * a_server_round,
-        "evaluation": sum(
-            runs[split] * batches * cost.seconds for split, (cost, batches) in evaluations.items()
-        ),
+        "evaluation": measuring,
     }
 
 

@@ -109,8 +109,8 @@ class FederatedTrainer:
             aggregator: Combines the updates; null averages them.
             server_optimizer: Any `torch.optim` class, stepped on the pseudo-gradient (FedAvgM,
                 FedAdam, ...); null takes the aggregate as it is (FedAvg).
-            acceptance: Measures how much of the clients' step helps the global model, and takes
-                that much; null takes all of it.
+            acceptance: Measures how much of a step helps the global model, the clients' or the
+                server's own too, and takes that much; null takes all of it.
             privacy: Clips the updates, averages them under noise and ends the run when the budget
                 is spent (docs/differential-privacy.md); null averages them as they are.
             communication: What travels, and what is done with it.
