@@ -353,6 +353,29 @@ def test_an_abbreviated_option_is_refused(option: str, file: Path) -> None:
 
 
 @pytest.mark.parametrize(
+    ("option", "meant"),
+    [
+        ("--trainer.num_round=3", "trainer.num_rounds"),
+        ("--model.soft_prompt.num_virtual_token=3", "soft_prompt.num_virtual_tokens"),
+        ("--client.dropou=0.1", "dropout"),
+        ("--data.max_token=3", "max_tokens"),
+        ("--zebra=3", ""),
+    ],
+)
+def test_a_typo_is_told_what_it_was_meant_to_be(option: str, meant: str, file: Path) -> None:
+    outcome = command("fit", "--config", file, option)
+    _assert_is_no_option(outcome)
+    assert outcome.err.count("Did you mean") == bool(meant)
+    if meant:
+        assert f"Did you mean `{meant}`?" in outcome.err
+
+
+def test_a_command_without_a_configuration_says_where_one_is() -> None:
+    outcome = command("fit")
+    _assert_is_no_option(outcome, "required: task, partitioner", "--config configs/quickstart.yaml")
+
+
+@pytest.mark.parametrize(
     ("path", "value"),
     [
         ("trainr", {"num_rounds": 3}),

@@ -12,12 +12,13 @@ import sys
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
+from difflib import get_close_matches
 from importlib import import_module
 from types import FrameType
 from typing import Any, NoReturn, TextIO, cast
 
 import yaml
-from jsonargparse import Namespace, set_parsing_settings
+from jsonargparse import ArgumentParser, Namespace, set_parsing_settings
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.fabric.utilities.rank_zero import rank_zero_only
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
@@ -55,6 +56,7 @@ _NOISE = (
     "Errors:",
     "- Expected a <class 'NoneType'>",
 )
+_NEAREST = ". Did you mean"
 
 
 class StrictParser(LightningArgumentParser):
@@ -69,13 +71,30 @@ class StrictParser(LightningArgumentParser):
 
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:
         """Print the reason, without all options and the whole configuration, and exit with 2."""
+        parser = getattr(ex, "subcommand_parser", None) or self
         if not self.exit_on_error:
-            super().error(message, ex)
-        lines = message.split("\n  Given value type:")[0].splitlines()
-        kept = [line for line in lines if not line.strip().startswith(_NOISE)]
-        program = (getattr(ex, "subcommand_parser", None) or self).prog.replace(" [options]", "")
-        reason = "\n".join(kept)
+            super().error(_with_nearest(message, parser), ex)
+        lines = re.split(r"\n +Given value type:", message)[0].splitlines()
+        kept = [x for x in lines if x.strip() and not x.strip().startswith(_NOISE)]
+        program = parser.prog.replace(" [options]", "")
+        reason = _with_nearest("\n".join(kept), parser)
+        if "arguments are required" in reason:
+            reason += "\nA configuration names what is required: --config configs/quickstart.yaml"
         self.exit(2, f"fedsp: error: {reason}\nAll options: {program} --help\n")
+
+
+def _with_nearest(message: str, parser: ArgumentParser) -> str:
+    """Add the option that an unknown one was probably meant to be, unless an inner parser has."""
+    if _NEAREST in message:
+        return message
+    known = [option.removeprefix("--") for option in parser._option_string_actions]
+    found = re.search(r"(?:unrecognized arguments: --|not accept option ')([\w.]+)", message)
+    if of_class := re.search(r"class_path '([\w.]+)':\s+Option '(\w+)' is not", message):
+        module, _, name = of_class[1].rpartition(".")
+        known = list(inspect.signature(getattr(import_module(module), name)).parameters)
+    unknown = of_class[2] if of_class else found[1] if found else ""
+    nearest = get_close_matches(unknown, known, n=1, cutoff=0.8)
+    return f"{message}{_NEAREST} `{nearest[0]}`?" if nearest else message
 
 
 class Terminated(KeyboardInterrupt):
