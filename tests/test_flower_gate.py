@@ -133,6 +133,18 @@ def test_an_answer_may_be_as_large_as_its_question(federation: Federation) -> No
     assert len(federation.told["server"]) == 1
 
 
+def test_a_part_that_is_sent_again_counts_once(
+    federation: Federation, link: FlowerLink, attacker: Attacker
+) -> None:
+    asked = question(link, attacker, {"data": b""})
+    answer = Message(pack_record({"data": bytes(6 * MIB // 10)}), reply_to=asked)
+    session_id = attacker.announce(answer)
+    for _ in range(3):
+        attacker.upload(answer, session_id, but_last=True)
+    attacker.upload(answer, session_id)
+    assert receive(link, 1) == [("alpha", {"data": bytes(6 * MIB // 10)})]
+
+
 def test_what_is_begun_and_never_ended_does_not_pile_up(
     federation: Federation, link: FlowerLink, attacker: Attacker
 ) -> None:

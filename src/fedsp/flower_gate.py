@@ -6,7 +6,7 @@ may upload one answer to each question that it was asked, about as large as that
 
 from base64 import b64encode
 from collections.abc import Awaitable, Callable, Mapping, MutableMapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from flwr.proto.fleet_pb2 import PushMessagesRequest
@@ -70,8 +70,16 @@ class _Refusal(Exception):  # noqa: N818 - a verdict, not an error
 class _Question:
     party: str
     limit: int
-    left: int
     reply_id: str = ""
+    # by part, so that one sent again after a lost connection counts once
+    uploaded: dict[str, int] = field(default_factory=dict)
+
+    def count(self, part: str, num_bytes: int) -> None:
+        self.uploaded[part] = max(num_bytes, self.uploaded.get(part, 0))
+
+    @property
+    def is_too_much(self) -> bool:
+        return sum(self.uploaded.values()) > self.limit
 
 
 class Intake:
@@ -112,7 +120,7 @@ class Intake:
             earlier = [name for name, it in self._questions.items() if it.party == party]
             for stale in earlier[:-1]:
                 self.forget(stale)
-            self._questions[message_id] = _Question(party, limit, limit)
+            self._questions[message_id] = _Question(party, limit)
             self._told.discard(party)
 
     def forget(self, message_id: str) -> None:
@@ -146,9 +154,10 @@ class Intake:
                 message_id = self._announce(party, request)
             else:
                 message_id = self._underway(party)
-                self._questions[message_id].left -= len(request.object_content)
+                content = request.object_content
+                self._questions[message_id].count(request.object_id, len(content))
             question = self._questions[message_id]
-            if question.left < 0:
+            if question.is_too_much:
                 self.forget(message_id)
                 raise self._refused(
                     party,
@@ -168,7 +177,7 @@ class Intake:
         if question.reply_id:
             raise self._refused(party, "a second answer to one question")
         question.reply_id = tree.object_id
-        question.left -= request.ByteSize() + self._size(party, tree)
+        question.count("announcement", request.ByteSize() + self._size(party, tree))
         return message_id
 
     def _size(self, party: str, tree: ObjectTree) -> int:
