@@ -9,8 +9,6 @@ first two are measured. The prompt's gradients are compared first; the ways take
 """
 
 import argparse
-import statistics
-import time
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
@@ -19,6 +17,7 @@ import torch
 from figure import Figure
 from torch import Tensor
 from torch.autograd.graph import save_on_cpu
+from turns import take_turns
 
 from fedsp.backbone import Backbone, load_backbone
 from fedsp.losses import token_cross_entropy
@@ -42,7 +41,10 @@ def gradient(backbone: Backbone, prefix: Tensor, batch: dict[str, Tensor], keep:
     with keep():
         logits, targets, _ = backbone.label_logits(batch, prefix)
         loss = token_cross_entropy(logits, targets).mean()
-    return torch.autograd.grad(loss, prefix)[0]
+    found = torch.autograd.grad(loss, prefix)[0]
+    if found.is_cuda:
+        torch.cuda.synchronize()
+    return found
 
 
 def peak_bytes(run: Callable[[], Tensor], device: torch.device) -> int:
@@ -55,15 +57,6 @@ def peak_bytes(run: Callable[[], Tensor], device: torch.device) -> int:
     with LiveTensors() as live:
         run()
     return live.peak_bytes
-
-
-def seconds_of(run: Callable[[], Tensor], device: torch.device) -> float:
-    """Return the wall time of one step."""
-    started = time.perf_counter()
-    run()
-    if device.type == "cuda":
-        torch.cuda.synchronize()
-    return time.perf_counter() - started
 
 
 def main() -> None:
@@ -94,11 +87,7 @@ def main() -> None:
     for name, run in ways.items():
         torch.testing.assert_close(run(), wanted, msg=f"{name}: another gradient")
     memory = {name: peak_bytes(run, device) for name, run in ways.items()}
-    seconds: dict[str, list[float]] = {name: [] for name in ways}
-    for _ in range(args.repeats):
-        for name, run in ways.items():
-            seconds[name].append(seconds_of(run, device))
-    medians = {name: statistics.median(values) for name, values in seconds.items()}
+    medians = take_turns(ways, args.repeats)
     print(f"{BATCH} texts of {args.tokens} tokens, {num_layers} layers on {device}")
     for name in list(ways)[1:]:
         print(f"  {name}: {memory[name] / 1e6:.0f} MB; kept: {memory['kept'] / 1e6:.0f} MB")

@@ -8,14 +8,12 @@ turns. The likelihoods of both are compared first.
 """
 
 import argparse
-import statistics
-import time
-from collections.abc import Callable
 from functools import partial
 
 import torch
 from figure import Figure
 from torch import Tensor
+from turns import take_turns
 
 from fedsp.backbone import Backbone, load_backbone
 from fedsp.collate import collate, collate_choices
@@ -66,18 +64,6 @@ def a_row_a_choice(backbone: Backbone, prefix: Tensor, batch: dict[str, Tensor])
     return losses.new_zeros(len(batch["labels"])).index_add(0, rows, -losses)
 
 
-def take_turns(sides: dict[str, Callable[[], Tensor]], repeats: int) -> dict[str, float]:
-    """Return the median seconds of each side."""
-    seconds: dict[str, list[float]] = {name: [] for name in sides}
-    for repeat in range(repeats + 1):
-        for name, run in sides.items():
-            started = time.perf_counter()
-            run()
-            if repeat >= 1:  # the first warms up
-                seconds[name].append(time.perf_counter() - started)
-    return {name: statistics.median(values) for name, values in seconds.items()}
-
-
 @torch.no_grad()
 def main() -> None:
     """Compare the likelihoods, then print the ratios."""
@@ -99,7 +85,7 @@ def main() -> None:
         difference = (sides["shared"]() - sides["repeated"]()).abs().max().item()
         if difference > 1e-3:
             raise SystemExit(f"the sides do not compute the same: they differ by {difference}")
-        medians = take_turns(sides, repeats)
+        medians = take_turns(sides, repeats, warm_up=1)
         ratio = medians["repeated"] / medians["shared"]
         print(f"  {name} {shape}: a row a choice / shared prompt: {ratio:.2f}")
         print(Figure(f"evaluation, {name}: shared prompt / a row a choice", 1 / ratio).line())

@@ -10,15 +10,14 @@ turns.
 """
 
 import argparse
-import statistics
-import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from functools import partial
 
 import numpy as np
 import torch
 from figure import Figure
 from torch import Tensor
+from turns import take_turns
 
 from fedsp.backbone import Backbone, load_backbone
 from fedsp.batching import Batching, StepBatches
@@ -89,17 +88,6 @@ def step(backbone: Backbone, prefix: Tensor, batches: Sequence[Batch]) -> float:
         loss.backward()
         total += float(loss.detach())
     return total
-
-
-def take_turns(sides: dict[str, Callable[[], float]], repeats: int) -> dict[str, float]:
-    """Return the median seconds of each side."""
-    seconds: dict[str, list[float]] = {name: [] for name in sides}
-    for _ in range(repeats):
-        for name, run in sides.items():
-            started = time.perf_counter()
-            run()
-            seconds[name].append(time.perf_counter() - started)
-    return {name: statistics.median(values) for name, values in seconds.items()}
 
 
 def main() -> None:

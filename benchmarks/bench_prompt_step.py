@@ -8,16 +8,16 @@ slows both. The same model, batch and loss on every side; the losses are compare
 """
 
 import argparse
-import statistics
-import time
 import warnings
 from collections.abc import Callable
+from functools import partial
 
 import torch
 import torch.nn.functional as F
 from figure import Figure
 from peft import PrefixTuningConfig, get_peft_model
 from torch import Tensor
+from turns import take_turns
 
 from fedsp.backbone import Backbone, load_backbone
 from fedsp.losses import token_cross_entropy
@@ -59,16 +59,9 @@ def full_logits(backbone: Backbone, prompt: SoftPrompt, batch: dict[str, Tensor]
     return F.cross_entropy(logits.flatten(0, 1), batch["labels"][:, 1:].flatten())
 
 
-def take_turns(sides: dict[str, Callable[[], Tensor]], repeats: int) -> dict[str, float]:
-    """Return the median seconds of a forward and backward pass of each side."""
-    seconds: dict[str, list[float]] = {name: [] for name in sides}
-    for repeat in range(repeats + 2):
-        for name, loss in sides.items():
-            started = time.perf_counter()
-            loss().backward()
-            if repeat >= 2:  # the first two warm up
-                seconds[name].append(time.perf_counter() - started)
-    return {name: statistics.median(values) for name, values in seconds.items()}
+def step(loss: Callable[[], Tensor]) -> None:
+    """Run a forward and backward pass."""
+    loss().backward()
 
 
 def main() -> None:
@@ -98,7 +91,8 @@ def main() -> None:
     losses = {name: loss().detach().item() for name, loss in sides.items()}
     if max(losses.values()) - min(losses.values()) > 1e-4:
         raise SystemExit(f"the sides do not compute the same loss: {losses}")
-    medians = take_turns(sides, repeats)
+    steps = {name: partial(step, loss) for name, loss in sides.items()}
+    medians = take_turns(steps, repeats, warm_up=2)
     print(f"one prompt step, {CONFIG['n_layer']} layers of width {CONFIG['n_embd']}, {SIZES}")
     ratios = {name: medians[name] / medians["fedsp"] for name in ("full logits", "peft")}
     for name, ratio in ratios.items():
