@@ -12,7 +12,7 @@ from fedsp.server import ServerModule
 
 
 class Acceptance:
-    """A line search between what was broadcast and what the cohort made of it.
+    """A line search along what the cohort made of the broadcast, and what the server makes of that.
 
     Clients with a small auxiliary model pull the prompt towards what suits that model: a help at
     first and a hindrance near the end. A server with few examples learns them by heart. The global

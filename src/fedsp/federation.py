@@ -90,6 +90,12 @@ class Rules:
         return self.aggregator
 
     @property
+    def training_search(self) -> Acceptance | None:
+        """What searches along the server's own steps, too; None takes all that they did."""
+        acceptance = self.acceptance
+        return acceptance if acceptance is not None and acceptance.server_training else None
+
+    @property
     def fewest_updates(self) -> int:
         """Updates below which a round keeps its prompt; under noise it never does."""
         if self.privacy is not None:
@@ -232,19 +238,18 @@ class Federation:
         Returns:
             The result of the stage, and how much of what it did was taken, if that was asked.
         """
-        stage, acceptance = server.training_stage, self.rules.acceptance
-        before = server.payload()
+        stage, search = server.training_stage, self.rules.training_search
+        # a payload may be all of the model's weights: not copied for nothing
+        before = server.payload() if search is not None else {}
         batches = self.data.server_dataloader(
             start_step=optimization.batches, num_steps=stage.batches
         )
         result = train_server(
             self.fabric, server, optimization, batches, seed=self.seed, round_idx=round_idx
         )
-        if acceptance is None or not acceptance.server_training:
+        if search is None:
             return result, {}
-        payload, fraction = acceptance.choose(
-            self.fabric, server, self.data, before, server.payload()
-        )
+        payload, fraction = search.choose(self.fabric, server, self.data, before, server.payload())
         server.load_payload(payload)
         return result, {"server/accepted_training": fraction}
 

@@ -277,7 +277,7 @@ def _seconds(
     if acceptance is not None and "selection" in evaluations:
         cost, batches = evaluations["selection"]
         searches = sum(map(bool, cohorts))
-        if acceptance.server_training and costs.server is not None:
+        if trainer.rules.training_search is not None and costs.server is not None:
             searches += sides * rounds
         at_a_point = min(batches, acceptance.num_batches or batches)
         measuring += searches * len(acceptance.fractions) * at_a_point * cost.seconds
