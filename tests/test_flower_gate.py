@@ -63,15 +63,19 @@ class Attacker:
         """Upload the parts of a message, or all but the message itself."""
         parts = [*get_all_nested_objects(message).items()]
         for object_id, part in parts[:-1] if but_last else parts:
-            self._node._client.PushObject(
-                PushObjectRequest(
-                    node=self.node,
-                    run_id=message.metadata.run_id,
-                    object_id=object_id,
-                    object_content=part.deflate(),
-                    session_id=session_id,
-                )
+            self.push(message, object_id, part.deflate(), session_id)
+
+    def push(self, message: Message, object_id: str, content: bytes, session_id: str) -> None:
+        """Upload one part of a message."""
+        self._node._client.PushObject(
+            PushObjectRequest(
+                node=self.node,
+                run_id=message.metadata.run_id,
+                object_id=object_id,
+                object_content=content,
+                session_id=session_id,
             )
+        )
 
     def close(self) -> None:
         self._node._leave(self.node.node_id)
@@ -239,3 +243,19 @@ def test_parts_of_what_was_not_announced_are_refused(
     with refused():
         attacker.upload(Message(pack_record({"data": b""}), reply_to=asked), "no session")
     assert len(federation.told["server"]) == 2
+
+
+def test_parts_beside_those_that_were_announced_are_refused(
+    federation: Federation, link: FlowerLink, attacker: Attacker
+) -> None:
+    asked = question(link, attacker, {"data": b""})
+    answer = Message(pack_record({"data": b"mine"}), reply_to=asked)
+    session_id = attacker.announce(answer)
+    # without a byte of content it would not count, but its name would be kept
+    with refused():
+        attacker.push(asked, "f" * MIB, b"", session_id)
+    assert federation.told["server"][1:] == [
+        "alpha: refused a part of an answer that it did not announce"
+    ]
+    attacker.upload(answer, session_id)
+    assert receive(link, 1) == [("alpha", {"data": b"mine"})]

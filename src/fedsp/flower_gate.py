@@ -153,7 +153,7 @@ class Intake:
             if isinstance(request, PushMessagesRequest):
                 message_id = self._announce(party, request)
             else:
-                message_id = self._underway(party)
+                message_id = self._underway(party, request.object_id)
                 content = request.object_content
                 self._questions[message_id].count(request.object_id, len(content))
             question = self._questions[message_id]
@@ -202,11 +202,15 @@ class Intake:
             ahead.extend(part.children)
         return size
 
-    def _underway(self, party: str) -> str:
-        """Return the question whose answer a party uploads: the last one that it announced."""
-        for message_id, question in reversed(self._questions.items()):
-            if question.party == party and question.reply_id:
-                return message_id
+    def _underway(self, party: str, part: str) -> str:
+        """Return the question whose answer a party uploads: the last one that it announced.
+
+        Flower knows every part that was announced; the name of any other is not kept either.
+        """
+        if part in self._state.object_store.store:
+            for message_id, question in reversed(self._questions.items()):
+                if question.party == party and question.reply_id:
+                    return message_id
         raise self._refused(party, "a part of an answer that it did not announce")
 
     def _refused(self, party: str, what: str) -> _Refusal:
