@@ -1,6 +1,7 @@
 """Causal language models and tokenizers: named, found, loaded and described; not run."""
 
 import copy
+import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -168,7 +169,7 @@ def load_model(spec: BackboneSpec) -> PreTrainedModel:
         with _loading("model.backbone.config", str(spec.config.get("model_type"))):
             return AutoModelForCausalLM.from_config(_configuration(spec), **settings)
     source = resolve(spec.name_or_path)
-    with _loading(NAME_OPTION, spec.name_or_path):
+    with _loading(NAME_OPTION, spec.name_or_path), _unused_rules_hidden():
         if spec.sharded:
             settings["distributed_config"] = _division(source)
         loaded: Any = AutoModelForCausalLM.from_pretrained(
@@ -286,6 +287,21 @@ def _division(source: str) -> Any:
         names[model.get_output_embeddings()]: "keep_full_weight",
     }
     return DistributedConfig(fsdp_size=dist.get_world_size(), fsdp_plan=plan)
+
+
+@contextmanager
+def _unused_rules_hidden() -> Iterator[None]:
+    """Keep transformers from telling which rules of its own plan, beside ours, fit no module."""
+
+    def is_news(record: logging.LogRecord) -> bool:
+        return "match nothing" not in record.getMessage()
+
+    logger = logging.getLogger("transformers.distributed.mixin")
+    logger.addFilter(is_news)
+    try:
+        yield
+    finally:
+        logger.removeFilter(is_news)
 
 
 def skeleton(model: PreTrainedModel) -> PreTrainedModel:
