@@ -1,5 +1,9 @@
 """A global model divided among two processes: equal results, half the memory in each."""
 
+import json
+import logging
+from contextlib import redirect_stdout
+from io import StringIO
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +23,7 @@ from fedsp.prompt_pool import PromptPool
 from fedsp.shards import own_bytes
 from fedsp.stages import Stage
 from processes import assert_close, federation, run_ranks, state
-from tiny import adamw, files, make_server
+from tiny import adamw, files, make_client, make_data, make_server, make_trainer
 
 FAMILIES = ["gpt2", "llama", "gemma3_text", "gpt_neox"]
 RECIPES: dict[str, AuxiliaryRecipe] = {
@@ -46,6 +50,8 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def compare(folder: Path) -> dict[str, Any]:
     """Load every family whole and sharded; differences, and bytes by the time they are held."""
     Fabric(accelerator="cpu", devices=2, strategy="ddp").launch()
+    told = StringIO()
+    logging.getLogger("transformers").addHandler(logging.StreamHandler(told))
     found: dict[str, Any] = {}
     for family in FAMILIES:
         whole = load_backbone(BackboneSpec(str(folder / family)))
@@ -56,7 +62,7 @@ def compare(folder: Path) -> dict[str, Any]:
             "difference": max(float((a - b).abs().max()) for a, b in zip(one, other, strict=True)),
             "bytes": [*held, own_bytes(sharded.model)],
         }
-    return found
+    return found | {"told": told.getvalue()}
 
 
 def outputs(backbone: Any) -> list[torch.Tensor]:
@@ -75,6 +81,7 @@ def test_logits_and_gradients_are_equal_and_each_rank_holds_half(
     models: Path, tmp_path: Path
 ) -> None:
     for found in run_ranks(compare, tmp_path, models):
+        assert found["told"] == ""
         for family in FAMILIES:
             assert found[family]["difference"] < 1e-5, family
             whole, loaded, used = found[family]["bytes"]
@@ -149,6 +156,38 @@ def test_rounds_reach_what_one_process_reaches(models: Path, tmp_path: Path) -> 
     baseline = [ServerOnlyBaseline()]
     result = run(tmp_path, models, "gpt2", "resumed", 1, callbacks=baseline, ckpt_path="last")
     assert_close(result, expected["gpt2"])
+
+
+# --- the plan -------------------------------------------------------------------------------------
+
+
+def planned(folder: Path, models: Path, devices: int) -> dict[str, Any]:
+    """Plan a run of the tiny GPT-2 and return what the first rank prints, as text and as JSON."""
+    server = make_server(folder, backbone=spec(folder, models, "gpt2", sharded=devices > 1))
+    trainer = make_trainer(folder / "planned", devices=devices, strategy="ddp")
+    printed = []
+    for as_json in (True, False):
+        with redirect_stdout(StringIO()) as out:
+            trainer.plan(server, make_client(), make_data(folder), as_json=as_json)
+        printed.append(out.getvalue())
+    return {"plan": json.loads(printed[0] or "{}"), "table": " ".join(printed[1].split())}
+
+
+def test_a_plan_counts_what_each_process_holds(models: Path, tmp_path: Path) -> None:
+    whole = planned(tmp_path, models, 1)["plan"]
+    found, other = run_ranks(planned, tmp_path / "out", tmp_path, models, 2)
+    assert other == {"plan": {}, "table": ""}
+    plan = found["plan"]
+    assert plan["parameters"] == whole["parameters"]
+    assert plan["traffic"] == whole["traffic"]
+    memory, in_one = plan["server_memory"], whole["server_memory"]
+    assert memory["weights"] <= 0.55 * in_one["weights"]
+    # token embeddings once more for the head they are tied to, positions, the last norm; two layers
+    layer = 12 * 32**2 + 13 * 32
+    assert memory["gathered"] == 4 * ((2 * 257 + 64) * 32 + 2 * 32 + 2 * layer)
+    assert in_one["gathered"] == 0
+    assert "gathered for a step" in found["table"]
+    assert "in each of 2 processes that play all, in" in found["table"]
 
 
 # --- what is refused ------------------------------------------------------------------------------

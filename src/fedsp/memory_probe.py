@@ -10,6 +10,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.weak import WeakIdKeyDictionary
 
+from fedsp.shards import own_share
+
 
 class LiveTensors(TorchDispatchMode):
     """Counts the bytes of the tensors that operations make inside a `with` block, while they live.
@@ -54,11 +56,14 @@ class LiveTensors(TorchDispatchMode):
 def tensor_bytes(tree: Any) -> int:
     """Return the bytes of all tensors in nested dictionaries, lists and tuples, each counted once.
 
+    Of a tensor that is divided among processes, this process' part counts.
+
     Args:
         tree: Nested state; what is no tensor counts nothing.
     """
     tensors = {id(leaf): leaf for leaf in tree_leaves(tree) if isinstance(leaf, Tensor)}
-    return sum(tensor.numel() * tensor.element_size() for tensor in tensors.values())
+    held = map(own_share, tensors.values())
+    return sum(tensor.numel() * tensor.element_size() for tensor in held)
 
 
 def _storages(tree: Any) -> Iterable[torch.UntypedStorage]:

@@ -25,6 +25,8 @@ from fedsp.rehearsal import (
     rehearse_quality,
     rehearse_server,
 )
+from fedsp.server import ServerModule
+from fedsp.shards import gathered_bytes
 from fedsp.spending import plan_spending
 
 # what allocators keep of freed memory, in parts of the tensors; docs/plan.md has what was measured
@@ -41,7 +43,8 @@ class Plan:
             run, its `delta`, the budget `max_epsilon` and the `releases` that count.
         parameters: Entries of `global`, `auxiliary`, `prompt` and what is trained of them
             (`trained_on_server`, `trained_on_client`).
-        server_memory: Bytes by component, for a machine of its own.
+        server_memory: Bytes by component, for a machine of its own, or for each of the processes
+            that a sharded global model is divided among.
         client_memory: The same for one client.
         process_memory: Bytes by what a simulating process does at the time, all beside Python and
             its libraries.
@@ -141,6 +144,7 @@ def _server_memory(trainer: Any, costs: Costs) -> dict[str, int]:
     largest = max(costs.on_server(), key=lambda cost: cost.step_bytes, default=None)
     return {
         "weights": _resident([server]) - tensor_bytes(trained),
+        "gathered": _gathered(server),
         "trained_and_optimizer": tensor_bytes(trained) + _optimizer(costs.server),
         **_step(largest),
     }
@@ -166,19 +170,21 @@ def _process_memory(
     # optimizer
     held = _resident([trainer.server, client]) + cost.model_bytes + _optimizer(costs.server)
     moments = sum(stage.optimizer_bytes for stage in cost.stages.values())
+    # where the global model works
+    working = held + _gathered(trainer.server)
     phases = {"between steps": held}
     for name, stage in cost.stages.items():
         phases[f"client: {name}"] = held + moments + stage.step_bytes
     if costs.server is not None:
-        phases["server training"] = held + costs.server.step_bytes
+        phases["server training"] = working + costs.server.step_bytes
     for split, entry in costs.evaluations.items():
         if entry is not None:
-            phases[f"evaluation: {split}"] = held + entry[0].step_bytes
+            phases[f"evaluation: {split}"] = working + entry[0].step_bytes
     if costs.quality_bytes:
-        phases["the auxiliary model's quality"] = held + costs.quality_bytes
+        phases["the auxiliary model's quality"] = working + costs.quality_bytes
     if costs.distillation is not None:
         phases["distillation"] = (
-            held + costs.distillation.optimizer_bytes + costs.distillation.step_bytes
+            working + costs.distillation.optimizer_bytes + costs.distillation.step_bytes
         )
     if trainer.fabric.device.type == "cpu":
         # packing is done in the host's memory: a copy of the tensors and the packed bytes
@@ -293,6 +299,12 @@ def _step(cost: Cost | None) -> dict[str, int]:
     logits = 0 if cost is None else cost.logits_bytes
     rest = 0 if cost is None else cost.step_bytes - logits
     return {"activations_and_gradients": rest, "logits": logits}
+
+
+def _gathered(server: ServerModule) -> int:
+    """Bytes of a sharded model's weights that a step holds beside this process' own."""
+    backbone = server.require_model()[0]
+    return gathered_bytes(backbone.model, backbone.layers)
 
 
 def _optimizer(cost: Cost | None) -> int:

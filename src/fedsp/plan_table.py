@@ -22,6 +22,7 @@ from fedsp.spending import budget_rows, spending_texts
 
 _COMPONENTS = {
     "weights": "weights",
+    "gathered": "gathered for a step",
     "trained_and_optimizer": "trained with optimizer state",
     "activations_and_gradients": "activations and gradients",
     "logits": "logits",
@@ -59,7 +60,7 @@ def plan_table(plan: Plan, trainer: Any) -> RenderableType:
     """
     content = [
         ("Parameters", parameter_rows(plan)),
-        ("Memory", memory_rows(plan)),
+        ("Memory", memory_rows(plan, trainer.fabric.world_size)),
         ("Traffic", traffic_rows(plan)),
         ("Disk", disk_rows(plan)),
         ("Steps", [(name, human_count(plan.steps[key])) for key, name in _STEPS.items()]),
@@ -85,15 +86,23 @@ def parameter_rows(plan: Plan) -> Rows:
     ]
 
 
-def memory_rows(plan: Plan) -> Rows:
-    """Return the estimated peaks: of server and client alone, and of this process."""
+def memory_rows(plan: Plan, num_processes: int = 1) -> Rows:
+    """Return the estimated peaks: of server and client alone, and of this process.
+
+    Args:
+        plan: What is shown.
+        num_processes: Of the simulating run.
+    """
+    playing = f"each of {num_processes} processes that play all"
+    if num_processes == 1:
+        playing = "a process that plays all"
     busiest = max(plan.process_memory, key=lambda phase: plan.process_memory[phase])
     return [
         ("server", _components(plan.server_memory)),
         ("client", _components(plan.client_memory)),
         (
             "simulated",
-            f"{human_bytes(plan.peak_memory)} in a process that plays all, in {busiest!r}, "
+            f"{human_bytes(plan.peak_memory)} in {playing}, in {busiest!r}, "
             f"with {human_share(ALLOCATOR_SHARE)} for the allocator",
         ),
         ("", "estimates for the largest batch, beside Python and its libraries"),
@@ -141,5 +150,7 @@ def privacy_rows(plan: Plan, trainer: Any) -> Rows:
 
 
 def _components(memory: dict[str, int]) -> str:
-    parts = [f"{human_bytes(memory[key])} {name}" for key, name in _COMPONENTS.items()]
+    # only a sharded model gathers weights
+    shown = [key for key in _COMPONENTS if key != "gathered" or memory.get(key)]
+    parts = [f"{human_bytes(memory[key])} {_COMPONENTS[key]}" for key in shown]
     return f"{human_bytes(sum(memory.values()))}: {', '.join(parts)}"

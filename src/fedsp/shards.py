@@ -57,7 +57,36 @@ def whole(tensor: Tensor) -> Tensor:
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
 
+def own_share(tensor: Tensor) -> Tensor:
+    """Return a tensor itself, or this process' part of one that is divided."""
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+
+
 def own_bytes(model: nn.Module) -> int:
     """Return the bytes of the parameters that this process holds, each counted once."""
-    own = (p.to_local() if isinstance(p, DTensor) else p for p in model.parameters())
-    return sum(tensor.numel() * tensor.element_size() for tensor in own)
+    return sum(_bytes(own_share(parameter)) for parameter in model.parameters())
+
+
+def gathered_bytes(model: nn.Module, layers: nn.ModuleList) -> int:
+    """Estimate what a step gathers at once: all that is in no layer, and two layers.
+
+    A layer is gathered while the one before it is still there; embeddings that are tied to the head
+    are gathered for either.
+
+    Args:
+        model: Sharded or whole.
+        layers: Its layers.
+
+    Returns:
+        Bytes; 0 for a model that is whole.
+    """
+    if not is_sharded(model):
+        return 0
+    in_layers = set(layers.parameters())
+    named = model.named_parameters(remove_duplicate=False)
+    outside = sum(_bytes(parameter) for _, parameter in named if parameter not in in_layers)
+    return outside + 2 * max(sum(map(_bytes, layer.parameters())) for layer in layers)
+
+
+def _bytes(tensor: Tensor) -> int:
+    return tensor.numel() * tensor.element_size()
