@@ -1,6 +1,7 @@
 """The round loop end to end on a tiny federation: its numbers, files and interruptions."""
 
 import json
+import platform
 import warnings
 from pathlib import Path
 from typing import Any
@@ -505,6 +506,22 @@ def test_an_unknown_precision_names_the_known_ones(tmp_path: Path) -> None:
         ValueError, match=r"`trainer.precision` must be one of .*model.backbone.dtype"
     ):
         FederatedTrainer(accelerator="cpu", precision="bf16-true")  # type: ignore[arg-type]
+
+
+@pytest.mark.skipif(platform.machine() != "x86_64", reason="reads the flags of an x86 CPU")
+def test_bf16_on_a_cpu_without_it_is_told() -> None:
+    cpus = Path("/proc/cpuinfo")
+    if not cpus.is_file():
+        pytest.skip("needs /proc")
+    has_instructions = "avx512bw" in cpus.read_text().split()
+    with warnings.catch_warnings(record=True) as told:
+        warnings.simplefilter("always")
+        FederatedTrainer(accelerator="cpu", precision="32-true")
+        assert not told
+        FederatedTrainer(accelerator="cpu", precision="bf16-mixed")
+    texts = [str(warning.message) for warning in told]
+    assert len(texts) == (not has_instructions)
+    assert all("no instructions for bfloat16" in text for text in texts)
 
 
 def test_a_folder_without_write_permission_is_named(

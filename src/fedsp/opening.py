@@ -3,9 +3,11 @@
 Whatever can be wrong with the settings is found here, before the run's folder exists.
 """
 
+import warnings
 from collections.abc import Sequence
 from typing import Any
 
+import torch
 from lightning.fabric import Fabric
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 
@@ -25,7 +27,7 @@ from fedsp.stages import try_out
 
 
 def make_fabric(options: dict[str, Any]) -> Fabric:
-    """Create Fabric; no process is started.
+    """Create Fabric; no process is started. Warns of arithmetic that the CPU is slow at.
 
     Args:
         options: What Fabric takes, as the user gave it to the trainer.
@@ -34,13 +36,27 @@ def make_fabric(options: dict[str, Any]) -> Fabric:
         ValueError: If the accelerator is not there or the devices do not fit it.
     """
     try:
-        return Fabric(**options)
+        fabric = Fabric(**options)
     except (MisconfigurationException, RuntimeError) as error:
         accelerator, devices = options["accelerator"], options["devices"]
         raise ValueError(
             f"`trainer.accelerator` {accelerator!r} with `trainer.devices` {devices!r} cannot "
             f"run here: {error} Use `--trainer.accelerator cpu` where there is no accelerator."
         ) from error
+    if options["precision"] == "bf16-mixed" and fabric.device.type == "cpu" and is_slow_at_bf16():
+        warnings.warn(
+            "This CPU has no instructions for bfloat16: with `trainer.precision: bf16-mixed` every "
+            "step takes several times as long as with 32-true (and `model.backbone.dtype: "
+            "float32`).",
+            stacklevel=2,
+        )
+    return fabric
+
+
+def is_slow_at_bf16() -> bool:
+    """Whether this CPU's matrix products in bfloat16 are done without instructions for it."""
+    has_library = torch.backends.mkldnn.is_available()
+    return has_library and not torch.ops.mkldnn._is_mkldnn_bf16_supported()
 
 
 def launch(fabric: Fabric) -> None:
