@@ -1,5 +1,6 @@
 """A real SuperLink and real parties over TLS on loopback, whose answers are made by the test."""
 
+import logging
 import os
 import shutil
 import threading
@@ -10,7 +11,7 @@ from typing import Any
 import pytest
 from flwr.app import ConfigRecord
 
-from fedsp import credentials, flower_node
+from fedsp import credentials, flower_link, flower_node
 from fedsp.credentials import create_authority, issue_server_certificate
 from fedsp.flower_node import FlowerNode
 from fedsp.flower_records import pack_record
@@ -125,6 +126,21 @@ def test_nothing_stays_in_the_server_s_memory(federation: Federation) -> None:
     assert len(link._state.object_store) == 0
     assert not link._state.message_ins_store
     assert not link._state.message_res_store
+
+
+def test_parties_that_come_again_and_again_do_not_fill_the_disk(
+    federation: Federation, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(flower_link, "_LOG_BYTES", 1_000)
+    link = meet(federation)
+    folder = federation.root / "server" / "flower"
+    for _ in range(200):
+        logging.getLogger("flwr").info("a node was activated")
+    link.send("alpha", {})
+    assert receive(link, 1) == [("alpha", {})]
+    names = ("superlink.log", "superlink.log.1")
+    assert sum((folder / name).stat().st_size for name in names) <= 2_000
+    assert sorted(path.name for path in folder.glob("*.log*")) == sorted(names)
 
 
 def test_a_party_whose_upload_expired_comes_back(

@@ -12,6 +12,7 @@ import socket
 import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
+from logging.handlers import RotatingFileHandler
 from pathlib import Path
 from secrets import token_bytes
 from typing import Any
@@ -58,6 +59,7 @@ _START_SECONDS = 60.0
 _CONNECTIONS = 100
 _TTL_SECONDS = 7 * 86400.0
 _LOGGERS = ("flwr", "uvicorn")
+_LOG_BYTES = 10_000_000
 
 
 class FlowerLink:
@@ -262,9 +264,13 @@ class _LocalGrid(HttpGrid):
 
 
 def _log_to(path: Path) -> logging.Handler:
-    """Keep what Flower says of its own work out of the terminal, and every poll out of the log."""
+    """Keep what Flower says of its own work out of the terminal, and every poll out of the log.
+
+    A client that connects again and again writes a line each time: the log starts anew when it is
+    full, and the one before it is kept.
+    """
     path.parent.mkdir(exist_ok=True)
-    file = logging.FileHandler(path)
+    file = RotatingFileHandler(path, maxBytes=_LOG_BYTES, backupCount=1)
     file.setLevel(logging.INFO)
     file.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
     for name in _LOGGERS:
