@@ -4,6 +4,7 @@ Rows are read here; the layers below divide, tokenise and batch them. Rounds, co
 unknown here.
 """
 
+from dataclasses import replace
 from itertools import chain
 from typing import Any, cast
 
@@ -178,13 +179,14 @@ class FederatedDataModule(LightningDataModule):
         sizes = {name: size for name, size in self.splits.items() if isinstance(size, int | float)}
         encoder = self._encoder()
         division = divide(self._datasets, sizes, self.partitioner, encoder, seed=self.seed)
-        splits = division.splits
+        splits = dict(division.splits)
         if self._public_is_servers:
             splits["public"] = splits["server"]
         if self.pool_clients and self.clients is not None:
             server = [splits["server"]] if "server" in splits else []
             splits["server"] = pool([*server, *division.clients.values()])
-        self.client_names, self._division = division.client_names, division
+        self.client_names = division.client_names
+        self._division = replace(division, splits=splits)
 
     def _read(self) -> None:
         for role, source in {"clients": self.clients, **self.splits}.items():
