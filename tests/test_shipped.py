@@ -1,5 +1,7 @@
 """Shipped configurations are found by name, on the command line too."""
 
+from pathlib import Path
+
 import pytest
 
 from commands import command
@@ -20,6 +22,22 @@ def test_a_name_becomes_the_file_in_its_place() -> None:
     for typed in (["--method", METHOD], [f"--method={METHOD}"]):
         given = ["fit", "--config", "mine.yaml", *typed, "--trainer.num_rounds", "2"]
         assert expand_names(given) == expected
+
+
+def test_a_shipped_configuration_is_found_from_anywhere(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    name = "configs/trainer/cpu.yaml"
+    shipped = str(shipped_folder() / "trainer" / "cpu.yaml")
+    assert expand_names(["--config", name]) == ["--config", shipped]
+    assert expand_names([f"--config={name}"]) == ["--config", shipped]
+    # a file of one's own goes first, and one that nobody has is the parser's to refuse
+    for other in ("mine.yaml", "configs/no-such.yaml", "configs"):
+        assert expand_names(["--config", other]) == ["--config", other]
+    (tmp_path / "configs" / "trainer").mkdir(parents=True)
+    (tmp_path / name).write_text("")
+    assert expand_names(["--config", name]) == ["--config", name]
 
 
 @pytest.mark.parametrize(("kind", "name"), [("task", "no-such"), ("method", "no-such")])

@@ -38,8 +38,23 @@ def find_shipped(kind: str, name: str) -> Path:
     return shipped_folder() / kind / f"{name}.yaml"
 
 
+def find_config(name: str) -> str:
+    """Return a configuration's file: `configs/...` is the shipped one where there is no such file.
+
+    Args:
+        name: What `--config` was given.
+    """
+    parts = Path(name).parts
+    if parts[:1] == ("configs",) and not Path(name).exists():
+        file = shipped_folder().joinpath(*parts[1:])
+        return str(file) if file.is_file() else name
+    return name
+
+
 def expand_names(arguments: list[str]) -> list[str]:
     """Replace `--task NAME` and `--method NAME` by `--config FILE`, in their places.
+
+    So is `--config configs/...` by the shipped file, away from a checkout.
 
     Args:
         arguments: A command line as it was typed.
@@ -55,9 +70,10 @@ def expand_names(arguments: list[str]) -> list[str]:
     for word in words:
         option, _, value = word.partition("=")
         kind = option.removeprefix("--")
-        if not option.startswith("--") or kind not in KINDS:
+        if not option.startswith("--") or kind not in (*KINDS, "config"):
             expanded.append(word)
             continue
         name = value or next(words, "")
-        expanded += ["--config", str(find_shipped(kind, name))]
+        file = find_config(name) if kind == "config" else str(find_shipped(kind, name))
+        expanded += ["--config", file]
     return expanded
