@@ -59,6 +59,13 @@ def test_every_line_is_answered_as_predict_completes_it(talk, run: Path, tmp_pat
     assert outcome.out == completions(run, tmp_path, LINES)
 
 
+def test_by_default_an_answer_may_take_half_of_a_small_model_s_room(talk) -> None:
+    # 64 positions, 4 of them virtual tokens
+    default = talk("--max_new_tokens", "null")
+    assert default.status == 0, default
+    assert default.out == talk("--max_new_tokens", 30).out
+
+
 def test_exit_ends_and_empty_lines_are_passed_over(talk) -> None:
     expected = talk(lines=LINES[:1])
     assert talk(lines=["", LINES[0], "  ", "exit", LINES[1]]).out == expected.out
@@ -150,4 +157,4 @@ def test_no_option_is_abbreviated_and_help_names_all_of_them(talk) -> None:
     assert talk("--temp", 1.0).status == 2
     outcome = command("chat", "--help")
     assert outcome.status == 0
-    assert "Longest answer in tokens, at least 1." in outcome.out
+    assert "Longest answer in tokens, at least 1;" in outcome.out

@@ -19,19 +19,22 @@ from fedsp.server import ServerModule
 from fedsp.tasks import Task
 from fedsp.tokenization import leading_ids
 
+MAX_NEW_TOKENS = 256
+
 
 @dataclass(frozen=True)
 class Manner:
     """How the model answers.
 
     Args:
-        max_new_tokens: Longest answer in tokens, at least 1.
+        max_new_tokens: Longest answer in tokens, at least 1; None: `MAX_NEW_TOKENS`, or half of the
+            room that the model has for text where that is less.
         temperature: 0 takes the likeliest token each time; above 0 samples.
         without_prompt: Leave the soft prompt out.
         seed: Seed of sampling.
     """
 
-    max_new_tokens: int
+    max_new_tokens: int | None
     temperature: float
     without_prompt: bool
     seed: int
@@ -42,10 +45,20 @@ class Manner:
         Raises:
             ValueError: If a number is out of its range.
         """
-        if self.max_new_tokens < 1:
+        if self.max_new_tokens is not None and self.max_new_tokens < 1:
             raise ValueError(f"`--max_new_tokens` must be at least 1, got {self.max_new_tokens}.")
         if not self.temperature >= 0:
             raise ValueError(f"`--temperature` must be at least 0, got {self.temperature}.")
+
+    def longest_answer(self, room: int | None) -> int:
+        """Return the length of the longest answer in tokens.
+
+        Args:
+            room: Tokens of text that the model has room for; None has no limit.
+        """
+        if self.max_new_tokens is not None:
+            return self.max_new_tokens
+        return MAX_NEW_TOKENS if room is None else min(MAX_NEW_TOKENS, room // 2)
 
 
 class Layout:
@@ -102,7 +115,8 @@ def converse(
         ValueError: If the model has no room for any answer of that length.
     """
     server.eval()
-    room = room_for_prompt(server.text_room(), manner.max_new_tokens)
+    max_new_tokens = manner.longest_answer(server.text_room())
+    room = room_for_prompt(server.text_room(), max_new_tokens)
     for turn, line in enumerate(lines):
         ids = layout.encode(line, server.tokenizer)
         try:
@@ -111,17 +125,17 @@ def converse(
             print(f"fedsp: {error}", file=sys.stderr)
             continue
         with isolated_rng(seed_for(manner.seed, "chat", round_idx=turn)), fabric.autocast():
-            _answer(server, ids, manner)
+            _answer(server, ids, manner, max_new_tokens)
 
 
 @torch.no_grad()
-def _answer(server: ServerModule, ids: list[int], manner: Manner) -> None:
+def _answer(server: ServerModule, ids: list[int], manner: Manner, max_new_tokens: int) -> None:
     text = torch.tensor([ids], device=server.device)
     streamer = TextStreamer(server.tokenizer, skip_prompt=True, skip_special_tokens=True)
     sampling: dict[str, Any] = {"do_sample": False}
     if manner.temperature > 0:
         sampling = {"do_sample": True, "temperature": manner.temperature}
-    options = {"max_new_tokens": manner.max_new_tokens, "streamer": streamer, **sampling}
+    options = {"max_new_tokens": max_new_tokens, "streamer": streamer, **sampling}
     mask = torch.ones_like(text)
     if manner.without_prompt:
         with server.as_delivered() as backbone:

@@ -223,7 +223,7 @@ def _full_names(config: Namespace) -> Iterator[None]:
 
 def chat(  # noqa: PLR0913 - the signature is the command's options
     run_dir: str,
-    max_new_tokens: int = 256,
+    max_new_tokens: int | None = None,
     temperature: float = 0.0,
     raw: bool = False,
     without_prompt: bool = False,
@@ -235,7 +235,8 @@ def chat(  # noqa: PLR0913 - the signature is the command's options
 
     Args:
         run_dir: Folder of the run.
-        max_new_tokens: Longest answer in tokens, at least 1.
+        max_new_tokens: Longest answer in tokens, at least 1; null: 256, or half of the model's room
+            where that is less.
         temperature: 0 takes the likeliest token each time; above 0 samples.
         raw: Send what is typed as it is, not inside the prompt of the run's task.
         without_prompt: Leave the soft prompt out: the global model as it was, to compare with.
