@@ -6,19 +6,17 @@ option.
 
 import inspect
 import os
-import re
 import signal
 import sys
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
-from difflib import get_close_matches
 from importlib import import_module
 from types import FrameType
 from typing import Any, NoReturn, TextIO, cast
 
 import yaml
-from jsonargparse import ArgumentParser, Namespace, set_parsing_settings
+from jsonargparse import Namespace, set_parsing_settings
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.fabric.utilities.rank_zero import rank_zero_only
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
@@ -32,6 +30,7 @@ from fedsp.remote import FederationError
 from fedsp.run_folder import RunFolder
 from fedsp.server import ServerModule
 from fedsp.shipped import expand_names
+from fedsp.strict_parser import StrictParser, full_names
 from fedsp.trainer import FederatedTrainer
 
 SUBCOMMANDS = ("fit", "plan", "validate", "test", "predict", "export")
@@ -47,54 +46,6 @@ REPORTED = (
     FederationError,
 )
 SEEDS = ("trainer.seed", "model.init_args.seed", "data.init_args.seed")
-
-
-# what jsonargparse says of the null that stands beside every class in its schema
-_NOISE = (
-    "Does not validate against any of",
-    "Subtypes:",
-    "Errors:",
-    "- Expected a <class 'NoneType'>",
-)
-_NEAREST = ". Did you mean"
-
-
-class StrictParser(LightningArgumentParser):
-    """Takes no abbreviated option, on no level, and says in a few lines what is wrong.
-
-    jsonargparse makes a parser of the same class, without any options, for every `class_path`.
-    """
-
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
-        """Switch abbreviations off; everything else is passed on."""
-        super().__init__(*args, **{"allow_abbrev": False, **kwargs})
-
-    def error(self, message: str, ex: Exception | None = None) -> NoReturn:
-        """Print the reason, without all options and the whole configuration, and exit with 2."""
-        parser = getattr(ex, "subcommand_parser", None) or self
-        if not self.exit_on_error:
-            super().error(_with_nearest(message, parser), ex)
-        lines = re.split(r"\n +Given value type:", message)[0].splitlines()
-        kept = [x for x in lines if x.strip() and not x.strip().startswith(_NOISE)]
-        program = parser.prog.replace(" [options]", "")
-        reason = _with_nearest("\n".join(kept), parser)
-        if "arguments are required" in reason:
-            reason += "\nA configuration names what is required: --config configs/quickstart.yaml"
-        self.exit(2, f"fedsp: error: {reason}\nAll options: {program} --help\n")
-
-
-def _with_nearest(message: str, parser: ArgumentParser) -> str:
-    """Add the option that an unknown one was probably meant to be, unless an inner parser has."""
-    if _NEAREST in message:
-        return message
-    known = [option.removeprefix("--") for option in parser._option_string_actions]
-    found = re.search(r"(?:unrecognized arguments: --|not accept option ')([\w.]+)", message)
-    if of_class := re.search(r"class_path '([\w.]+)':\s+Option '(\w+)' is not", message):
-        module, _, name = of_class[1].rpartition(".")
-        known = list(inspect.signature(getattr(import_module(module), name)).parameters)
-    unknown = of_class[2] if of_class else found[1] if found else ""
-    nearest = get_close_matches(unknown, known, n=1, cutoff=0.8)
-    return f"{message}{_NEAREST} `{nearest[0]}`?" if nearest else message
 
 
 class Terminated(KeyboardInterrupt):
@@ -159,13 +110,13 @@ class FederatedCLI(LightningCLI):
         for key in SEEDS:
             if key in config and config[key] is None:
                 config[key] = int(config.seed_everything)
-        with _full_names(config):
+        with full_names(config):
             # not LightningCLI's own method: it calls jsonargparse by a deprecated name
             self.config_init = self.parser.instantiate(self.config)
         self.datamodule = self._get(self.config_init, "data")
         self.model = self._get(self.config_init, "model")
         self.client = self._get(self.config_init, "client")
-        with _full_names(config):
+        with full_names(config):
             self.trainer = self.instantiate_trainer()
         self.config = given
         text = self._config_text(given[self.subcommand] if self.subcommand else given)
@@ -179,7 +130,7 @@ class FederatedCLI(LightningCLI):
         return str(self._parser(self.subcommand).dump(kept, skip_unset=False, skip_validation=True))
 
     def _run_subcommand(self, subcommand: str) -> None:
-        with _full_names(self.config[subcommand]):
+        with full_names(self.config[subcommand]):
             super()._run_subcommand(subcommand)
 
     def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
@@ -193,32 +144,6 @@ class FederatedCLI(LightningCLI):
 
     def _prepare_subcommand_kwargs(self, subcommand: str) -> dict[str, Any]:
         return {**super()._prepare_subcommand_kwargs(subcommand), "client": self.client}
-
-
-@contextmanager
-def _full_names(config: Namespace) -> Iterator[None]:
-    """Say what a part found wrong by the option's full name, without a list of alternatives.
-
-    A part knows not where it is used: what begins with a bare `name` gets the rest of it here.
-    """
-    try:
-        yield
-    except ValueError as error:
-        reason: BaseException = error
-        while str(reason).startswith(_NOISE) and (reason.__cause__ or reason.__context__):
-            reason = reason.__cause__ or reason.__context__ or reason
-        text = str(reason)
-        bare = re.match(r"`(\w+)`.* got ([^ ]+?)\.?$", text, re.DOTALL)
-        paths = [
-            key.replace(".init_args", "")
-            for key, value in config.items()
-            if bare and key.endswith(f".{bare[1]}") and str(value) == bare[2]
-        ]
-        if bare and paths:
-            text = f"`{'` or `'.join(paths)}`{text[len(bare[1]) + 2 :]}"
-        if text == str(error):
-            raise
-        raise ValueError(text) from error
 
 
 def chat(  # noqa: PLR0913 - the signature is the command's options

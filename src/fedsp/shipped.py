@@ -1,7 +1,9 @@
-"""The configurations that come with fedsp, found by kind and name; none is read here."""
+"""The configurations that come with fedsp, found by kind and name."""
 
 from pathlib import Path
 from typing import Literal, get_args
+
+import yaml
 
 Kind = Literal["method", "task"]
 KINDS: tuple[str, ...] = get_args(Kind)
@@ -43,12 +45,32 @@ def find_config(name: str) -> str:
 
     Args:
         name: What `--config` was given.
+
+    Raises:
+        ValueError: If the file is no YAML.
     """
-    parts = Path(name).parts
-    if parts[:1] == ("configs",) and not Path(name).exists():
-        file = shipped_folder().joinpath(*parts[1:])
-        return str(file) if file.is_file() else name
+    parts, file = Path(name).parts, Path(name)
+    if parts[:1] == ("configs",) and not file.exists():
+        shipped = shipped_folder().joinpath(*parts[1:])
+        return str(shipped) if shipped.is_file() else name
+    if file.is_file():
+        _check_yaml(file)
     return name
+
+
+def _check_yaml(file: Path) -> None:
+    """Say which file is no YAML, and where: the parser that reads it later does not know."""
+    try:
+        yaml.safe_load(file.read_bytes())
+    except yaml.MarkedYAMLError as error:
+        mark = error.problem_mark
+        place = f" in line {mark.line + 1}, column {mark.column + 1}" if mark else ""
+        raise ValueError(
+            f"`--config` must name YAML files, got {file}: {error.problem}{place}."
+        ) from error
+    except yaml.YAMLError as error:
+        reason = str(error).splitlines()[0]
+        raise ValueError(f"`--config` must name YAML files, got {file}: {reason}.") from error
 
 
 def expand_names(arguments: list[str]) -> list[str]:
@@ -63,7 +85,7 @@ def expand_names(arguments: list[str]) -> list[str]:
         The command line that LightningCLI understands.
 
     Raises:
-        ValueError: If a name is missing or unknown.
+        ValueError: If a name is missing or unknown, or a file is no YAML.
     """
     expanded: list[str] = []
     words = iter(arguments)
