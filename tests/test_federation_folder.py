@@ -135,6 +135,11 @@ def test_a_secret_seed_stays_with_the_server(tmp_path: Path) -> None:
         (["--address", "nowhere"], "`--address` must be HOST:PORT, such as"),
         (["--address", "host:99999"], "`--address` must be HOST:PORT, such as"),
         (["--trainer.num_round", "3"], "trainer.num_round"),
+        (["--data.test", "0.1"], "`data.test` must be a source of its own or null in a live"),
+        (
+            ["--data.selection", "5"],
+            "`data.selection` must be a source of its own or null in a live",
+        ),
     ],
 )
 def test_wrong_words_leave_nothing_behind(tmp_path: Path, words: list[str], reason: str) -> None:

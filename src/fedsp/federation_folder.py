@@ -23,6 +23,7 @@ from fedsp.credentials import (
     create_node_key,
     issue_server_certificate,
 )
+from fedsp.division import SPLITS
 from fedsp.federation_settings import Address, FederationSettings, check_names, read_settings
 from fedsp.pretrained import ASSETS, BackboneSpec, save_outline
 
@@ -49,10 +50,12 @@ def create_federation(
 
     Raises:
         FileExistsError: If the folder is in use.
-        ValueError: If a name or the address will not do, or the model cannot be found.
+        ValueError: If a name or the address will not do, a split would be carved out of the data of
+            the clients, or the model cannot be found.
     """
     point = Address.parse(address, "--address")
     check_names([*names], "--clients")
+    _check_splits(config["data"]["init_args"])
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise FileExistsError(f"`fedsp federation init` needs a new or empty folder, got {folder}.")
     unfinished = folder.with_name(f".{folder.name}.{os.getpid()}.unfinished")
@@ -63,6 +66,20 @@ def create_federation(
         unfinished.rename(folder)
     finally:
         shutil.rmtree(unfinished, ignore_errors=True)
+
+
+def _check_splits(data: Mapping[str, Any]) -> None:
+    """Refuse what the server would learn only when it starts: it has no rows to carve out of."""
+    for role in SPLITS:
+        split = data[role]
+        is_own = (
+            split is None or isinstance(split, Mapping) or (role, split) == ("public", "server")
+        )
+        if not is_own:
+            raise ValueError(
+                f"`data.{role}` must be a source of its own or null in a live federation, got "
+                f"{split!r}: the data that it would be carved out of is with the clients."
+            )
 
 
 def renew_certificate(folder: Path) -> Path:
