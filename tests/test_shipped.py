@@ -32,6 +32,7 @@ def test_a_shipped_configuration_is_found_from_anywhere(
     shipped = str(shipped_folder() / "trainer" / "cpu.yaml")
     assert expand_names(["--config", name]) == ["--config", shipped]
     assert expand_names([f"--config={name}"]) == ["--config", shipped]
+    assert expand_names(["-c", name]) == ["--config", shipped]
     # a file of one's own goes first, and one that nobody has is the parser's to refuse
     for other in ("mine.yaml", "configs/no-such.yaml", "configs"):
         assert expand_names(["--config", other]) == ["--config", other]

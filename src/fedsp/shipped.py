@@ -92,10 +92,10 @@ def expand_names(arguments: list[str]) -> list[str]:
     for word in words:
         option, _, value = word.partition("=")
         kind = option.removeprefix("--")
-        if not option.startswith("--") or kind not in (*KINDS, "config"):
+        if option in ("--config", "-c"):
+            expanded += ["--config", find_config(value or next(words, ""))]
+        elif option.startswith("--") and kind in KINDS:
+            expanded += ["--config", str(find_shipped(kind, value or next(words, "")))]
+        else:
             expanded.append(word)
-            continue
-        name = value or next(words, "")
-        file = find_config(name) if kind == "config" else str(find_shipped(kind, name))
-        expanded += ["--config", file]
     return expanded
