@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from fedsp.comparison import Interval, cell, row_intervals, shown_columns
+from fedsp.comparison import Interval, cell, differences, row_intervals, shown_columns
 
 ROOT = Path(__file__).parents[1]
 BEGIN, END = "<!-- results-table:begin -->", "<!-- results-table:end -->"
@@ -37,9 +37,11 @@ def markdown_table(rows: Sequence[dict[str, Any]]) -> str:
     groups: dict[tuple[str, str], list[dict[str, Any]]] = {}
     for row in rows:
         groups.setdefault((row["experiment"], row["method"]), []).append(row)
-    found: dict[tuple[str, str], dict[str, Interval]] = {
-        key: row_intervals(group) for key, group in groups.items()
-    }
+    first: dict[str, list[dict[str, Any]]] = {}
+    found: dict[tuple[str, str], dict[str, Interval]] = {}
+    for key, group in groups.items():
+        against = first.setdefault(key[0], group)
+        found[key] = row_intervals(group) | differences(group, against)
     shown = shown_columns(found.values())
     lines = [["experiment", "method", "seeds", *shown], ["---"] * 2 + ["---:"] * (len(shown) + 1)]
     for key, intervals in found.items():

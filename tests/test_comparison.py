@@ -11,6 +11,7 @@ from scipy import stats
 
 import runs
 from fedsp.comparison import (
+    DIFFERENCE,
     Interval,
     cell,
     comparison_table,
@@ -116,6 +117,37 @@ def test_methods_of_one_name_are_told_apart_by_their_experiments(tmp_path: Path)
     assert [method.runs[0].method for method in methods] == ["one/fedsp", "two/fedsp"]
 
 
+def test_differences_to_the_first_method_are_taken_seed_by_seed(tmp_path: Path) -> None:
+    losses = {"first": {0: 5.0, 1: 6.0, 2: 9.0}, "other": {2: 8.8, 0: 4.9, 1: 5.7, 7: 1.0}}
+    read = [
+        read_run(
+            runs.write_run(
+                tmp_path / "exp" / method / f"seed-{seed}",
+                test_loss=loss,
+                seed=seed,
+                changes={"data": method},
+            )
+        )
+        for method, by_seed in losses.items()
+        for seed, loss in by_seed.items()
+    ]
+    first, other = group_runs(read)
+    assert DIFFERENCE not in first.intervals
+    found = other.intervals[DIFFERENCE]
+    paired = stats.ttest_rel([4.9, 5.7, 8.8], [5.0, 6.0, 9.0]).confidence_interval(0.95)
+    assert found.count == 3
+    assert found.mean == pytest.approx(-0.2)
+    assert found.half_width == pytest.approx((paired.high - paired.low) / 2)
+
+
+def test_methods_of_different_experiments_are_not_paired(tmp_path: Path) -> None:
+    folders = [tmp_path / name / "fedsp" / "seed-0" for name in ("one", "two")]
+    for idx, folder in enumerate(folders):
+        runs.write_run(folder, changes={"data": idx})
+    methods = group_runs([read_run(folder) for folder in folders])
+    assert [DIFFERENCE in method.intervals for method in methods] == [False, False]
+
+
 def test_runs_without_a_configuration_stay_apart(tmp_path: Path) -> None:
     for name in ("x", "y"):
         (runs.write_run(tmp_path / name) / "config.yaml").unlink()
@@ -153,6 +185,8 @@ def test_files_hold_a_row_a_run_and_the_intervals(seeds: list[Run], tmp_path: Pa
         ("seconds", Interval(12.0, 1.0, 2), "12 s"),
         ("parameters", Interval(64.0, None, 1), "64"),
         ("test_loss", None, ""),
+        (DIFFERENCE, Interval(-0.0471, 0.0059, 3), "-0.0471 ± 0.0059"),
+        (DIFFERENCE, Interval(0.5, None, 1), "+0.5000"),
     ],
 )
 def test_cells_are_as_people_read_them(name: str, found: Interval | None, text: str) -> None:

@@ -25,10 +25,11 @@ def test_rows_become_a_line_a_method_with_its_interval(tmp_path: Path) -> None:
         "sciq,fedsp,0,1.0,0.5,1000\nsciq,fedsp,1,3.0,,1000\nsciq,local,0,2.0,0.25,\n"
     )
     assert table.markdown_table(table.read_rows(tmp_path)).splitlines() == [
-        "| experiment | method | seeds | test loss | test f1 | hand-out |",
-        "| --- | --- | ---: | ---: | ---: | ---: |",
-        "| sciq | fedsp | 2 | 2.0000 ± 12.7062 | 50.0 % | 1.00 kB |",
-        "| sciq | local | 1 | 2.0000 | 25.0 % |  |",
+        "| experiment | method | seeds | test loss | test f1 | test loss less the first's, by seed "
+        "| hand-out |",
+        "| --- | --- | ---: | ---: | ---: | ---: | ---: |",
+        "| sciq | fedsp | 2 | 2.0000 ± 12.7062 | 50.0 % |  | 1.00 kB |",
+        "| sciq | local | 1 | 2.0000 | 25.0 % | +1.0000 |  |",
     ]
 
 

@@ -25,6 +25,9 @@ SPLITS = ("selection", "test")
 # how a metric of `results.json` is named in a row: after what was measured
 MODELS = {"best": "", "zero_shot": "zero_shot_", "server_only": "server_only_"}
 METRICS = ("loss", "accuracy", "accuracy_norm", "exact_match", "f1", "perplexity")
+# test loss above that of the first method of the same experiment, seed by seed
+DIFFERENCE = "test_loss_difference"
+_PAIRED = {"seed", "test_loss"}
 _FACTS = ("experiment", "method", "seed", "rounds", "best_round", "clients")
 _COSTS = ("up_bytes", "down_bytes", "handout_bytes", "bytes_per_client", "seconds", "parameters")
 
@@ -122,14 +125,41 @@ def group_runs(runs: Iterable[Run]) -> list[Method]:
         key = json.dumps(run.settings(), sort_keys=True) if run.config else str(run.path)
         groups.setdefault(key, []).append(run)
     labels = [group[0].method for group in groups.values()]
-    methods = []
+    methods, first = [], dict[str, list[Row]]()
     for group, label in zip(groups.values(), labels, strict=True):
         name = label if labels.count(label) == 1 else f"{group[0].experiment}/{label}"
         named = [replace(run, method=name) for run in group]
         # costs of half a run would pull the mean of whole ones down
         rows = [run_row(run) for run in named if run.results] or [run_row(run) for run in named]
-        methods.append(Method(name, named, len(rows), row_intervals(rows)))
+        against = first.setdefault(group[0].experiment, rows)
+        intervals = row_intervals(rows) | differences(rows, against)
+        methods.append(Method(name, named, len(rows), intervals))
     return methods
+
+
+def differences(rows: Sequence[Row], first: Sequence[Row]) -> dict[str, Interval]:
+    """Return how far a method's test loss is above another one's, seed by seed.
+
+    A seed draws the data anew, which moves all methods alike: their intervals overlap where the
+    differences leave no doubt.
+
+    Args:
+        rows: Of one method.
+        first: Of the method that it is compared with.
+
+    Returns:
+        The mean difference as `DIFFERENCE`; empty for the first method itself, and without a seed
+        that both have measured.
+    """
+    if rows is first:
+        return {}
+    known = {row["seed"]: row["test_loss"] for row in first if row.keys() >= _PAIRED}
+    found = [
+        row["test_loss"] - known[row["seed"]]
+        for row in rows
+        if row.keys() >= _PAIRED and row["seed"] in known
+    ]
+    return {DIFFERENCE: interval(found)} if found and np.isfinite(found).all() else {}
 
 
 def row_intervals(rows: Sequence[Row]) -> dict[str, Interval]:
@@ -197,6 +227,7 @@ def shown_columns(found: Iterable[Mapping[str, Interval]]) -> dict[str, str]:
         "zero-shot test loss": "test_zero_shot_loss",
         "server only test loss": "test_server_only_loss",
         **wanted,
+        "test loss less the first's, by seed": DIFFERENCE,
         "traffic a client": "bytes_per_client",
         "hand-out": "handout_bytes",
         "time of rounds": "seconds",
@@ -221,9 +252,10 @@ def cell(name: str, found: Interval | None) -> str:
         return human_seconds(found.mean)
     if name == "parameters":
         return human_count(found.mean)
-    percent = not name.endswith("loss")
+    percent = not name.endswith(("loss", DIFFERENCE))
     scale, digits = (100.0, 1) if percent else (1.0, 4)
-    text = f"{scale * found.mean:.{digits}f}"
+    sign = "+" if name == DIFFERENCE else ""
+    text = f"{scale * found.mean:{sign}.{digits}f}"
     if found.half_width is not None:
         text += f" ± {scale * found.half_width:.{digits}f}"
     return f"{text} %" if percent else text
