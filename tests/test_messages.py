@@ -1,65 +1,39 @@
-import contextlib
+"""Messages there and back, and what a receiver refuses or rejects."""
+
 import json
 import math
 import struct
-import tracemalloc
 
 import pytest
 import safetensors.torch
 import torch
-from hypothesis import given, settings
-from hypothesis import strategies as st
 
-from fedsp.memory_probe import LiveTensors
 from fedsp.message_sizes import MAX_OVERHEAD_BYTES, describe_tensors, size_limits
 from fedsp.messages import (
     AuxiliaryHandout,
-    ClientUpdate,
     Contract,
     MessageError,
     RejectedUpdate,
     ServerBroadcast,
-    check_sent,
     decode_broadcast,
     decode_handout,
-    decode_update,
     describe,
     encode,
     encode_handout,
 )
-
-SHAPE = (2, 2, 1, 3, 4)
-WIRE_DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
-CONTRACT = Contract({"soft_prompt": SHAPE}, "float32", None)
-METADATA = {
-    "fedsp_version": "1",
-    "kind": "client_update",
-    "round_idx": "5",
-    "client_id": "3",
-    "num_examples": "17",
-}
-
-
-def prompt(shape=SHAPE):
-    return torch.randn(shape, generator=torch.Generator().manual_seed(0))
-
-
-def update(prefix=None, **numbers):
-    fields = {"round_idx": 5, "client_id": 3, "num_examples": 17} | numbers
-    return ClientUpdate(payload={"soft_prompt": prompt() if prefix is None else prefix}, **fields)
-
-
-def decode(data, contract=CONTRACT, reference=None, round_idx=5, client_id=3):
-    start = torch.zeros(contract.shapes["soft_prompt"]) if reference is None else reference
-    start = {"soft_prompt": start}
-    return decode_update(data, contract, reference=start, round_idx=round_idx, client_id=client_id)
-
-
-def forge(tensors=None, drop=(), **metadata):
-    """A message by the safetensors library, so that what is refused does not come from us."""
-    fields = {name: text for name, text in (METADATA | metadata).items() if name not in drop}
-    return safetensors.torch.save({"soft_prompt": prompt()} if tensors is None else tensors, fields)
-
+from forged_messages import (
+    CONTRACT,
+    ENTRY,
+    METADATA,
+    SHAPE,
+    VALID,
+    WIRE_DTYPES,
+    decode,
+    forge,
+    frame,
+    prompt,
+    update,
+)
 
 # --- round trips -----------------------------------------------------------------------------
 
@@ -137,67 +111,6 @@ def test_a_message_detaches_and_leaves_the_sender_its_tensor():
     assert decode(encode(update(prefix), "float32")).payload["soft_prompt"].requires_grad is False
 
 
-# --- the sender ------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize(
-    "make", [update, lambda prefix: ServerBroadcast(0, {"soft_prompt": prefix})]
-)
-def test_values_beyond_float16_are_refused_at_the_sender(make):
-    prefix = prompt()
-    prefix[0, 0, 0, 0, 0] = 1e6
-    with pytest.raises(
-        MessageError, match=r"1 values beyond .*`trainer.communication.wire_dtype` float16.*1e\+06"
-    ):
-        encode(make(prefix), "float16")
-    encode(make(prefix), "bfloat16")
-
-
-def test_values_beyond_bfloat16_are_refused_at_the_sender():
-    prefix = torch.full(SHAPE, torch.finfo(torch.float32).max)
-    with pytest.raises(MessageError, match=r"`trainer.communication.wire_dtype` bfloat16"):
-        encode(update(prefix), "bfloat16")
-
-
-@pytest.mark.parametrize("value", [math.nan, math.inf])
-def test_a_broadcast_that_is_not_finite_is_refused_at_the_sender(value):
-    with pytest.raises(MessageError, match="NaN or infinity in round 2"):
-        encode(ServerBroadcast(2, {"soft_prompt": torch.full(SHAPE, value)}), "float32")
-
-
-@pytest.mark.parametrize("number", [0, -1, 2**53, 1.5, True])
-def test_a_number_of_examples_out_of_range_is_refused_at_the_sender(number):
-    with pytest.raises(
-        MessageError, match=r"`num_examples` must be a whole number in \[1, 2\*\*53"
-    ):
-        encode(update(num_examples=number), "float32")
-
-
-def test_an_unknown_wire_dtype_is_refused():
-    wanted = (
-        "`trainer.communication.wire_dtype` must be one of float32, float16, bfloat16, int8, "
-        "got 'int4'"
-    )
-    with pytest.raises(ValueError, match=wanted):
-        encode(update(), "int4")
-    with pytest.raises(ValueError, match=wanted):
-        Contract({"soft_prompt": SHAPE}, "int4", None)
-
-
-@pytest.mark.parametrize("norm", [0.0, -1.0, math.nan])
-def test_a_norm_bound_that_bounds_nothing_is_refused(norm):
-    with pytest.raises(
-        ValueError, match=r"`trainer.communication.max_update_norm` must be above 0 or null, got"
-    ):
-        Contract({"soft_prompt": SHAPE}, "float32", norm)
-
-
-@pytest.mark.parametrize("shape", [(2, 2, 1, 3), (2, 3, 1, 3, 4), (2, 2, 1, -3, 4)])
-def test_a_contract_of_another_shape_than_a_prompt_is_refused(shape):
-    with pytest.raises(ValueError, match=r"\(L, 2, K, P, D\)"):
-        Contract({"soft_prompt": shape}, "float32", None)
-
-
 # --- what is refused -------------------------------------------------------------------------
 
 
@@ -267,14 +180,6 @@ def test_a_message_of_impossible_size_is_refused_before_it_is_parsed(size):
 def test_metadata_that_was_not_asked_for_is_refused(metadata, reason):
     with pytest.raises(MessageError, match=reason):
         decode(forge(**metadata))
-
-
-def frame(header, payload=bytes(48 * 4)):
-    text = header if isinstance(header, bytes) else json.dumps(header).encode()
-    return len(text).to_bytes(8, "little") + text + payload
-
-
-ENTRY = {"dtype": "F32", "shape": list(SHAPE), "data_offsets": [0, 192]}
 
 
 @pytest.mark.parametrize(
@@ -381,119 +286,6 @@ def test_a_broadcast_of_another_round_is_refused_where_the_round_is_known():
         decode_broadcast(data, CONTRACT, round_idx=8)
 
 
-# --- the sender's own look -------------------------------------------------------------------
-
-
-def test_what_is_not_the_clients_payload_does_not_leave_it():
-    check_sent(encode(update(), "float32"), CONTRACT, round_idx=5, client_id=3)
-    # values are the receiver's to judge
-    nothing = encode(update(torch.full(SHAPE, math.nan)), "float32")
-    check_sent(nothing, CONTRACT, round_idx=5, client_id=3)
-    for data in (
-        forge({"soft_prompt": prompt(), "lm_head": torch.zeros(2)}),
-        forge({"soft_prompt": prompt((2, 2, 1, 4, 3))}),
-        forge(client_id="4"),
-        forge(round_idx="6"),
-        encode_handout({"soft_prompt": prompt()}),
-    ):
-        with pytest.raises(MessageError):
-            check_sent(data, CONTRACT, round_idx=5, client_id=3)
-
-
-# --- hostile bytes ---------------------------------------------------------------------------
-
-FUZZ = settings(max_examples=400, deadline=None, derandomize=True, database=None)
-VALID = {name: encode(update(), name) for name in WIRE_DTYPES}
-
-
-def assert_refused_or_sound(data, wire_dtype):
-    contract = Contract({"soft_prompt": SHAPE}, wire_dtype, 1e4)
-    try:
-        came = decode(data, contract)
-    except (MessageError, RejectedUpdate):
-        return
-    assert (came.round_idx, came.client_id) == (5, 3)
-    assert 1 <= came.num_examples < 2**53
-    assert came.payload["soft_prompt"].shape == SHAPE
-    assert came.payload["soft_prompt"].dtype == torch.float32
-    assert torch.isfinite(came.payload["soft_prompt"]).all()
-    assert torch.linalg.vector_norm(came.payload["soft_prompt"].double()) <= 1e4
-
-
-@FUZZ
-@given(st.binary(max_size=2000), st.sampled_from(list(WIRE_DTYPES)))
-def test_random_bytes_never_crash_the_receiver(data, wire_dtype):
-    for read in (decode, decode_broadcast, lambda data, _: describe(data)):
-        with pytest.raises(MessageError):
-            read(data, Contract({"soft_prompt": SHAPE}, wire_dtype, None))
-    for like in (None, {"a": torch.zeros(2)}):
-        with pytest.raises(MessageError):
-            decode_handout(data, like)
-
-
-@FUZZ
-@given(st.data(), st.sampled_from(list(WIRE_DTYPES)))
-def test_flipped_bits_and_cuts_never_crash_the_receiver(data, wire_dtype):
-    message = bytearray(VALID[wire_dtype])
-    for bit in data.draw(st.lists(st.integers(0, 8 * len(message) - 1), min_size=1, max_size=4)):
-        message[bit // 8] ^= 1 << bit % 8
-    start = data.draw(st.integers(0, 16))
-    stop = data.draw(st.integers(len(message) - 16, len(message)))
-    assert_refused_or_sound(bytes(message), wire_dtype)
-    assert_refused_or_sound(bytes(message[start:stop]), wire_dtype)
-
-
-@pytest.mark.parametrize("wire_dtype", WIRE_DTYPES)
-def test_every_single_flipped_bit_is_refused_or_leaves_a_sound_message(wire_dtype):
-    message = VALID[wire_dtype]
-    for bit in range(8 * len(message)):
-        changed = bytearray(message)
-        changed[bit // 8] ^= 1 << bit % 8
-        assert_refused_or_sound(bytes(changed), wire_dtype)
-
-
-@pytest.mark.parametrize("wire_dtype", WIRE_DTYPES)
-def test_every_truncation_is_refused(wire_dtype):
-    message = VALID[wire_dtype]
-    for length in range(len(message)):
-        with pytest.raises(MessageError):
-            decode(message[:length], Contract({"soft_prompt": SHAPE}, wire_dtype, None))
-
-
-scalars = st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=5)
-values = st.recursive(scalars, lambda v: st.lists(v, max_size=3), max_leaves=5)
-entries = st.fixed_dictionaries(
-    {
-        "dtype": st.sampled_from(["F32", "BF16", "I64", "U8"]) | values,
-        "shape": st.just(list(SHAPE)) | st.lists(st.integers(-1, 2**70), max_size=6) | values,
-        "data_offsets": st.just([0, 192]) | st.lists(st.integers(-9, 300), max_size=3) | values,
-    }
-)
-headers = st.fixed_dictionaries(
-    {},
-    optional={
-        "__metadata__": st.just(METADATA) | st.dictionaries(st.sampled_from([*METADATA]), values),
-        "soft_prompt": st.just(ENTRY) | entries | values,
-        "other": entries,
-    },
-)
-
-
-@FUZZ
-@given(headers, st.sampled_from([0, 96, 192]))
-def test_headers_that_look_right_never_crash_the_receiver(header, size):
-    data = frame(header, bytes(size))
-    assert_refused_or_sound(data, "float32")
-    for read in (describe, decode_handout):
-        with contextlib.suppress(MessageError):
-            read(data)
-
-
-@pytest.mark.parametrize("kind", [bytearray, memoryview])
-def test_any_buffer_is_read(kind):
-    assert torch.equal(decode(kind(VALID["float32"])).payload["soft_prompt"], prompt())
-
-
 # --- hand-out and description ----------------------------------------------------------------
 
 
@@ -543,65 +335,6 @@ def test_a_message_describes_itself():
 def test_what_is_no_message_is_not_described():
     with pytest.raises(MessageError, match="expected message version 1"):
         describe(safetensors.torch.save({"weight": torch.zeros(2)}))
-
-
-# --- claims --------------------------------------------------------------------------------------
-# Nothing is compressed, so that a few bytes can only claim to be many.
-
-
-def claiming(shape, span):
-    entry = {"dtype": "F32", "shape": shape, "data_offsets": span}
-    return frame({"__metadata__": METADATA, "soft_prompt": entry}, bytes(192))
-
-
-CLAIMS = {
-    "a header of 2**63 bytes": (2**63).to_bytes(8, "little") + bytes(400),
-    "a header of 4 GB": (2**32).to_bytes(8, "little") + bytes(400),
-    "a tensor of 4 TB": claiming([2**40], [0, 2**42]),
-    "a tensor of 2**62 numbers": claiming([2**31, 2**31], [0, 2**64]),
-    "no numbers in 2**60 rows": claiming([2**60, 0], [0, 0]),
-    "numbers of 4,000 digits": claiming([10**4000], [0, 4 * 10**4000]),
-    "lists in lists": frame(b"[" * 1000),
-}
-
-
-def peak_bytes(work):
-    """Most bytes that Python and torch hold at once beyond what was there before."""
-    with LiveTensors() as tensors:
-        tracemalloc.start()
-        work()
-        peak = tracemalloc.get_traced_memory()[1]
-        tracemalloc.stop()
-    return peak + tensors.peak_bytes
-
-
-def test_the_measure_of_memory_sees_both_kinds():
-    assert peak_bytes(lambda: bytes(10**6)) > 10**6
-    assert peak_bytes(lambda: torch.zeros(10**6)) > 4 * 10**6
-
-
-@pytest.mark.parametrize("claim", CLAIMS)
-def test_claims_of_huge_sizes_allocate_nothing(claim):
-    data = CLAIMS[claim]
-
-    def read_all():
-        for read in (decode, describe, decode_handout, lambda d: decode_broadcast(d, CONTRACT)):
-            with pytest.raises(MessageError):
-                read(data)
-
-    read_all()  # what is imported on the way
-    assert peak_bytes(read_all) < 400_000
-
-
-def test_a_header_of_many_megabytes_is_not_parsed():
-    data = frame(b"[" + b"[]," * 2**23 + b"[]]", b"")
-
-    def read():
-        for read in (describe, decode_handout):
-            with pytest.raises(MessageError, match="its header has 25165828 bytes, at most"):
-                read(data)
-
-    assert peak_bytes(read) < 400_000
 
 
 # --- what an audit knows of sizes ---------------------------------------------------------------

@@ -10,57 +10,22 @@ import pytest
 import torch
 from torch import Tensor
 
-from fedsp.aggregation import StreamingMean
-from fedsp.auxiliary import KeptLayers, SharedCell
+from fedsp.auxiliary import KeptLayers
 from fedsp.callbacks import FederatedCallback
 from fedsp.client import ClientModule
-from fedsp.distillation import Distillation
 from fedsp.federation import Communication
 from fedsp.history import Evaluation
 from fedsp.ledger import read_ledger
 from fedsp.messages import ClientUpdate, MessageError, encode
-from fedsp.recipes import OffsiteTuning, WholeModel
 from fedsp.sampling import UniformSampler
 from fedsp.server import SoftPromptSpec
 from fedsp.stages import Stage
 from fedsp.state_files import load_state
 from fedsp.trainer import FederatedTrainer
-from fedsp.tuned import AllWeights, LoRA, OuterLayers
-from tiny import adamw, fit, make_client, make_data, make_server, make_trainer
+from interruptions import checkpointed, equal
+from tiny import adamw, fit, make_client, make_data, make_server
 
-
-class Interrupt(FederatedCallback):
-    """Raises KeyboardInterrupt at one point of one round, as Ctrl-C would."""
-
-    def __init__(self, hook: str, round_idx: int) -> None:
-        def raise_at(trainer: Any, *args: Any) -> None:
-            if trainer.history.rounds_done == round_idx:
-                raise KeyboardInterrupt
-
-        setattr(self, hook, raise_at)
-
-
-def _state(run_dir: Path, rounds: int = 3) -> dict[str, Any]:
-    state: dict[str, Any] = load_state(run_dir / "checkpoints" / f"round-{rounds:06d}.safetensors")
-    return state
-
-
-def _equal(one: Any, other: Any) -> bool:
-    """Bit-for-bit equality of nested state, wall-clock seconds aside."""
-    if isinstance(one, Tensor):
-        return torch.equal(one, other) and one.dtype == other.dtype
-    if isinstance(one, dict):
-        keys = {key for key in one if "second" not in str(key)}
-        return keys == {key for key in other if "second" not in str(key)} and all(
-            _equal(one[key], other[key]) for key in keys
-        )
-    if isinstance(one, list | tuple):
-        return len(one) == len(other) and all(map(_equal, one, other))
-    return bool(one == other)
-
-
-# --- numbers
-# ---------------------------------------------------------------------------------------
+# --- numbers ------------------------------------------------------------------------------------
 
 
 def test_a_run_leaves_everything_in_its_place(tmp_path: Path) -> None:
@@ -78,8 +43,8 @@ def test_a_run_leaves_everything_in_its_place(tmp_path: Path) -> None:
 def test_equal_seeds_give_equal_runs_and_other_seeds_others(tmp_path: Path) -> None:
     for name, seed in (("a", 0), ("b", 0), ("c", 1)):
         fit(tmp_path, tmp_path / name, seed=seed)
-    assert _equal(_state(tmp_path / "a"), _state(tmp_path / "b"))
-    assert not _equal(_state(tmp_path / "a"), _state(tmp_path / "c"))
+    assert equal(checkpointed(tmp_path / "a"), checkpointed(tmp_path / "b"))
+    assert not equal(checkpointed(tmp_path / "a"), checkpointed(tmp_path / "c"))
 
 
 def test_one_round_of_one_client_equals_training_by_hand(tmp_path: Path) -> None:
@@ -193,7 +158,6 @@ def test_autocast_is_on_in_every_step_exactly_when_asked_for(
 
 
 def test_a_zero_length_prompt_changes_nothing(tmp_path: Path) -> None:
-    from fedsp.server import SoftPromptSpec
 
     server = make_server(
         tmp_path, soft_prompt=SoftPromptSpec(num_virtual_tokens=0), training=Stage(steps=0)
@@ -231,7 +195,9 @@ def test_the_plain_average_can_be_broadcast(tmp_path: Path) -> None:
             communication=Communication(broadcast_average=average),
         )
         prompt = trainer.server.require_model()[1]
-        prompt.load_state_dict(_state(tmp_path / name, 1)["tree"]["federation"]["soft_prompt"])
+        prompt.load_state_dict(
+            checkpointed(tmp_path / name, 1)["tree"]["federation"]["soft_prompt"]
+        )
         results[name] = torch.equal(trainer.federation.broadcast["soft_prompt"], prompt.prefix())
     assert results == {"server": True, "average": False}
 
@@ -242,148 +208,7 @@ def test_no_clients_at_all_is_server_only_training(tmp_path: Path) -> None:
     assert read_ledger(tmp_path / "run" / "ledger.jsonl") == []
 
 
-# --- stopping, killing, resuming
-# -------------------------------------------------------------------
-
-
-@pytest.mark.parametrize(
-    ("hook", "round_idx"),
-    [
-        ("on_fit_start", 0),
-        ("on_client_end", 0),
-        ("on_server_train_end", 1),
-        ("on_round_end", 1),
-        ("on_checkpoint_saved", 2),
-        ("on_round_start", 2),
-    ],
-)
-def test_an_interrupted_run_resumes_to_the_same_bits(
-    tmp_path: Path, hook: str, round_idx: int
-) -> None:
-    fit(tmp_path, tmp_path / "whole")
-    with pytest.raises(KeyboardInterrupt):
-        fit(tmp_path, tmp_path / "cut", callbacks=[Interrupt(hook, round_idx)])
-    fit(tmp_path, tmp_path / "cut", ckpt_path="last", callbacks=[FederatedCallback()])
-    assert _equal(
-        _state(tmp_path / "whole")["tree"]["federation"],
-        _state(tmp_path / "cut")["tree"]["federation"],
-    )
-    assert _equal(
-        _state(tmp_path / "whole")["tree"]["history"], _state(tmp_path / "cut")["tree"]["history"]
-    )
-    whole, cut = ((tmp_path / name / "csv" / "metrics.csv") for name in ("whole", "cut"))
-    assert len(cut.read_text().splitlines()) == len(whole.read_text().splitlines())
-
-
-def test_a_server_optimizer_resumes_to_the_same_bits(tmp_path: Path) -> None:
-    options: dict[str, Any] = {
-        "server_optimizer": lambda p: torch.optim.Adam(p, lr=0.1),
-        "sampler": UniformSampler(clients_per_round=2),
-        "aggregator": StreamingMean(weight_by_examples=True),
-    }
-    fit(tmp_path, tmp_path / "whole", **options)
-    with pytest.raises(KeyboardInterrupt):
-        fit(tmp_path, tmp_path / "cut", callbacks=[Interrupt("on_client_start", 1)], **options)
-    fit(tmp_path, tmp_path / "cut", ckpt_path="last", callbacks=[FederatedCallback()], **options)
-    assert _equal(
-        _state(tmp_path / "whole")["tree"]["federation"],
-        _state(tmp_path / "cut")["tree"]["federation"],
-    )
-
-
-WEIGHT_METHODS: dict[str, dict[str, Any]] = {
-    "LoRA": {"tuned_weights": LoRA(rank=2), "auxiliary": WholeModel()},
-    "adapters": {"tuned_weights": OuterLayers(1), "auxiliary": OffsiteTuning(1, 1)},
-    "small model": {
-        "tuned_weights": AllWeights(),
-        "auxiliary": SharedCell(train_embeddings=True),
-        "deploy_auxiliary": True,
-    },
-}
-
-
-@pytest.mark.parametrize("method", WEIGHT_METHODS)
-def test_tuned_weights_resume_to_the_same_bits(tmp_path: Path, method: str) -> None:
-    def options() -> dict[str, Any]:
-        settings = WEIGHT_METHODS[method]
-        taught = settings["auxiliary"].is_taught
-        return {
-            "server": make_server(
-                tmp_path,
-                soft_prompt=SoftPromptSpec(num_virtual_tokens=0),
-                initial_distillation=Distillation(Stage(steps=2), cache_dir="") if taught else None,
-                **settings,
-            ),
-            "client": make_client(auxiliary=Stage(steps=0)),
-            "server_optimizer": lambda p: torch.optim.Adam(p, lr=0.01),
-        }
-
-    fit(tmp_path, tmp_path / "whole", **options())
-    with pytest.raises(KeyboardInterrupt):
-        fit(tmp_path, tmp_path / "cut", callbacks=[Interrupt("on_client_end", 1)], **options())
-    listen = [FederatedCallback()]
-    fit(tmp_path, tmp_path / "cut", ckpt_path="last", callbacks=listen, **options())
-    whole, cut = (_state(tmp_path / name)["tree"] for name in ("whole", "cut"))
-    assert _equal(whole["federation"], cut["federation"])
-    assert _equal(whole["history"], cut["history"])
-
-
-def test_a_used_run_folder_is_refused_and_left_alone(tmp_path: Path) -> None:
-    run = tmp_path / "run"
-    run.mkdir()
-    (run / "notes.txt").write_text("mine")
-    with pytest.raises(FileExistsError, match=r"`trainer\.run_dir` must be a new or empty folder"):
-        fit(tmp_path, run)
-    assert [path.name for path in run.iterdir()] == ["notes.txt"]
-
-
-def test_resuming_nothing_says_so(tmp_path: Path) -> None:
-    with pytest.raises(FileNotFoundError, match="`ckpt_path` last: there is no checkpoint"):
-        fit(tmp_path, tmp_path / "none", ckpt_path="last")
-
-
-def test_a_checkpoint_of_another_configuration_names_the_keys(tmp_path: Path) -> None:
-    def run(rounds: int, local_steps: int, ckpt_path: str | None) -> None:
-        trainer = make_trainer(tmp_path / "run", num_rounds=rounds)
-        trainer.config = {
-            "trainer": {"num_rounds": rounds},
-            "client": {"init_args": {"soft_prompt": {"steps": local_steps}}},
-        }
-        trainer.fit(make_server(tmp_path), make_client(), make_data(tmp_path), ckpt_path=ckpt_path)
-
-    run(1, 2, None)
-    with pytest.raises(ValueError, match=r"client\.init_args\.soft_prompt\.steps"):
-        run(1, 5, "last")
-    run(2, 2, "last")  # more rounds are no other experiment
-
-
-def test_early_stopping_ends_the_run(tmp_path: Path) -> None:
-    """Nothing is trained, so nothing beats the initial prompt: two evaluations and out."""
-    trainer = fit(
-        tmp_path,
-        tmp_path / "run",
-        server=make_server(tmp_path, training=Stage(steps=0)),
-        client=make_client(auxiliary=Stage(steps=0), soft_prompt=Stage(steps=0)),
-        num_rounds=9,
-        evaluation=Evaluation(patience=2),
-    )
-    assert trainer.history.rounds_done == 2
-    assert trainer.history.best is not None
-    assert trainer.history.best.round_idx == -1
-
-
-def test_the_best_round_is_what_is_exported(tmp_path: Path) -> None:
-    from fedsp.export import import_adapter
-
-    trainer = fit(tmp_path, tmp_path / "run")
-    assert trainer.history.best is not None
-    assert torch.equal(
-        import_adapter(tmp_path / "run" / "adapter"), trainer.history.best.payload["soft_prompt"]
-    )
-
-
-# --- messages
-# --------------------------------------------------------------------------------------
+# --- messages -----------------------------------------------------------------------------------
 
 
 def test_the_ledger_holds_every_payload_and_after_the_handout_only_prompts(tmp_path: Path) -> None:
@@ -484,8 +309,7 @@ def test_a_foreign_tensor_stops_the_run(tmp_path: Path, monkeypatch: pytest.Monk
         fit(tmp_path, tmp_path / "run", num_rounds=1)
 
 
-# --- bad input
-# -------------------------------------------------------------------------------------
+# --- bad input ----------------------------------------------------------------------------------
 
 
 def test_a_cohort_larger_than_the_population_is_refused_before_any_work(tmp_path: Path) -> None:
@@ -565,9 +389,9 @@ def test_a_full_disk_while_saving_leaves_the_last_checkpoint(
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         fit(tmp_path, tmp_path / "cut", ckpt_path="last")
-    assert _equal(
-        _state(tmp_path / "whole")["tree"]["federation"],
-        _state(tmp_path / "cut")["tree"]["federation"],
+    assert equal(
+        checkpointed(tmp_path / "whole")["tree"]["federation"],
+        checkpointed(tmp_path / "cut")["tree"]["federation"],
     )
 
 
