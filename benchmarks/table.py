@@ -15,7 +15,7 @@ from pathlib import Path
 
 from figure import PREFIX, Figure, read_figures
 
-# an estimated ten minutes on two free cores
+# ten minutes on two free cores
 SCRIPTS = (
     "round_overhead.py --quick",
     "client_parallel.py --repeats 1",
