@@ -59,7 +59,9 @@ def test_no_number_is_off_by_more_than_half_a_step(numbers: list[float], axes: i
     tensor = torch.tensor(numbers).reshape((1,) * (axes - 1) + (-1,))
     back = rounded({"weight": tensor}, "int8")["weight"]
     step = float(tensor.abs().max()) / 127
-    assert float((back - tensor).abs().max()) <= step * 0.5001
+    # a step that is no normal number is not exact
+    tiny = torch.finfo(torch.float32).tiny
+    assert float((back - tensor).abs().max()) <= step * 0.5001 + tiny
     assert torch.equal(rounded({"weight": back}, "int8")["weight"] == 0, back == 0)
 
 
