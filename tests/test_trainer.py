@@ -1,8 +1,9 @@
-"""The round loop end to end on a tiny federation: its numbers, files and interruptions."""
+"""The round loop end to end on a tiny federation: its numbers, files and messages."""
 
 import json
 import platform
 import warnings
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -300,12 +301,12 @@ def test_a_foreign_tensor_stops_the_run(tmp_path: Path, monkeypatch: pytest.Monk
     def weights(message: ClientUpdate, wire_dtype: Any) -> bytes:
         if not isinstance(message, ClientUpdate):
             return encode(message, wire_dtype)
-        from fedsp.messages import encode_handout
-
-        return encode_handout({"lm_head.weight": torch.zeros(4, 4)})
+        # as large as what is expected: it is not refused for its size
+        stolen = torch.zeros_like(message.payload["soft_prompt"])
+        return encode(replace(message, payload={"lm_head.weight": stolen}), wire_dtype)
 
     monkeypatch.setattr("fedsp.executors.encode", weights)
-    with pytest.raises(MessageError):
+    with pytest.raises(MessageError, match=r"lm_head\.weight"):
         fit(tmp_path, tmp_path / "run", num_rounds=1)
 
 
