@@ -26,8 +26,8 @@ from lightning.fabric import Fabric
 from memory import status
 
 from fedsp.backbone import Backbone, load_backbone
+from fedsp.memory_probe import tensor_bytes
 from fedsp.pretrained import BackboneSpec, hide_loading_bar
-from fedsp.shards import own_bytes
 
 CONFIG = {
     "model_type": "gpt2",
@@ -87,7 +87,7 @@ def measure(folder: str, ranks: int) -> None:
     backbone = load_backbone(BackboneSpec(f"{folder}/large", sharded=ranks > 1))
     with most_memory() as seen:
         steps(backbone)
-    held = own_bytes(backbone.model)
+    held = tensor_bytes([*backbone.model.parameters()])
     mine = torch.tensor([held, 1024 * (max(seen) - before)], dtype=torch.float64)
     largest = fabric.all_gather(mine).reshape(-1, len(mine)).amax(0)
     if fabric.is_global_zero:

@@ -18,9 +18,9 @@ from fedsp.baseline import ServerOnlyBaseline
 from fedsp.callbacks import FederatedCallback
 from fedsp.compression import LowRank, TrimmedVocabulary
 from fedsp.distillation import Distillation
+from fedsp.memory_probe import tensor_bytes
 from fedsp.pretrained import BackboneSpec
 from fedsp.prompt_pool import PromptPool
-from fedsp.shards import own_bytes
 from fedsp.stages import Stage
 from processes import assert_close, federation, run_ranks, state
 from tiny import adamw, files, make_client, make_data, make_server, make_trainer
@@ -56,13 +56,18 @@ def compare(folder: Path) -> dict[str, Any]:
     for family in FAMILIES:
         whole = load_backbone(BackboneSpec(str(folder / family)))
         sharded = load_backbone(BackboneSpec(str(folder / family), sharded=True))
-        held = [own_bytes(whole.model), own_bytes(sharded.model)]
+        held = [held_bytes(whole), held_bytes(sharded)]
         one, other = (outputs(backbone) for backbone in (whole, sharded))
         found[family] = {
             "difference": max(float((a - b).abs().max()) for a, b in zip(one, other, strict=True)),
-            "bytes": [*held, own_bytes(sharded.model)],
+            "bytes": [*held, held_bytes(sharded)],
         }
     return found | {"told": told.getvalue()}
+
+
+def held_bytes(backbone: Any) -> int:
+    """Bytes of the parameters that this process holds."""
+    return tensor_bytes([*backbone.model.parameters()])
 
 
 def outputs(backbone: Any) -> list[torch.Tensor]:

@@ -62,8 +62,7 @@ def tensor_bytes(tree: Any) -> int:
         tree: Nested state; what is no tensor counts nothing.
     """
     tensors = {id(leaf): leaf for leaf in tree_leaves(tree) if isinstance(leaf, Tensor)}
-    held = map(own_share, tensors.values())
-    return sum(tensor.numel() * tensor.element_size() for tensor in held)
+    return sum(own_share(tensor).nbytes for tensor in tensors.values())
 
 
 def _storages(tree: Any) -> Iterable[torch.UntypedStorage]:

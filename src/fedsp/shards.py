@@ -62,11 +62,6 @@ def own_share(tensor: Tensor) -> Tensor:
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 
-def own_bytes(model: nn.Module) -> int:
-    """Return the bytes of the parameters that this process holds, each counted once."""
-    return sum(_bytes(own_share(parameter)) for parameter in model.parameters())
-
-
 def gathered_bytes(model: nn.Module, layers: nn.ModuleList) -> int:
     """Estimate what a step gathers at once: all that is in no layer, and two layers.
 
@@ -84,9 +79,5 @@ def gathered_bytes(model: nn.Module, layers: nn.ModuleList) -> int:
         return 0
     in_layers = set(layers.parameters())
     named = model.named_parameters(remove_duplicate=False)
-    outside = sum(_bytes(parameter) for _, parameter in named if parameter not in in_layers)
-    return outside + 2 * max(sum(map(_bytes, layer.parameters())) for layer in layers)
-
-
-def _bytes(tensor: Tensor) -> int:
-    return tensor.numel() * tensor.element_size()
+    outside = sum(parameter.nbytes for _, parameter in named if parameter not in in_layers)
+    return outside + 2 * max(sum(p.nbytes for p in layer.parameters()) for layer in layers)
