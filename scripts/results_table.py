@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from fedsp.comparison import Interval, cell, differences, row_intervals, shown_columns
+from fedsp.comparison import cell, row_intervals, shown_columns
 
 ROOT = Path(__file__).parents[1]
 BEGIN, END = "<!-- results-table:begin -->", "<!-- results-table:end -->"
@@ -38,10 +38,9 @@ def markdown_table(rows: Sequence[dict[str, Any]]) -> str:
     for row in rows:
         groups.setdefault((row["experiment"], row["method"]), []).append(row)
     first: dict[str, list[dict[str, Any]]] = {}
-    found: dict[tuple[str, str], dict[str, Interval]] = {}
-    for key, group in groups.items():
-        against = first.setdefault(key[0], group)
-        found[key] = row_intervals(group) | differences(group, against)
+    found = {
+        key: row_intervals(group, first.setdefault(key[0], group)) for key, group in groups.items()
+    }
     shown = shown_columns(found.values())
     lines = [["experiment", "method", "seeds", *shown], ["---"] * 2 + ["---:"] * (len(shown) + 1)]
     for key, intervals in found.items():

@@ -131,42 +131,17 @@ def group_runs(runs: Iterable[Run]) -> list[Method]:
         named = [replace(run, method=name) for run in group]
         # costs of half a run would pull the mean of whole ones down
         rows = [run_row(run) for run in named if run.results] or [run_row(run) for run in named]
-        against = first.setdefault(group[0].experiment, rows)
-        intervals = row_intervals(rows) | differences(rows, against)
+        intervals = row_intervals(rows, first.setdefault(group[0].experiment, rows))
         methods.append(Method(name, named, len(rows), intervals))
     return methods
 
 
-def differences(rows: Sequence[Row], first: Sequence[Row]) -> dict[str, Interval]:
-    """Return how far a method's test loss is above another one's, seed by seed.
-
-    A seed draws the data anew, which moves all methods alike: their intervals overlap where the
-    differences leave no doubt.
-
-    Args:
-        rows: Of one method.
-        first: Of the method that it is compared with.
-
-    Returns:
-        The mean difference as `DIFFERENCE`; empty for the first method itself, and without a seed
-        that both have measured.
-    """
-    if rows is first:
-        return {}
-    known = {row["seed"]: row["test_loss"] for row in first if row.keys() >= _PAIRED}
-    found = [
-        row["test_loss"] - known[row["seed"]]
-        for row in rows
-        if row.keys() >= _PAIRED and row["seed"] in known
-    ]
-    return {DIFFERENCE: interval(found)} if found and np.isfinite(found).all() else {}
-
-
-def row_intervals(rows: Sequence[Row]) -> dict[str, Interval]:
-    """Return means with intervals of all columns of numbers.
+def row_intervals(rows: Sequence[Row], first: Sequence[Row]) -> dict[str, Interval]:
+    """Return means with intervals of all columns of numbers, and of the `DIFFERENCE`.
 
     Args:
         rows: Of one method. A column that holds something else than finite numbers is left out.
+        first: Of the method that it is compared with, seed by seed; itself: there is no difference.
     """
     found = {}
     for name in columns(rows):
@@ -174,7 +149,24 @@ def row_intervals(rows: Sequence[Row]) -> dict[str, Interval]:
         numbers = [value for value in values if isinstance(value, int | float)]
         if name != "seed" and numbers and all(math.isfinite(value) for value in numbers):
             found[name] = interval(numbers)
+    differences = [] if rows is first else _differences(rows, first)
+    if differences and np.isfinite(differences).all():
+        found[DIFFERENCE] = interval(differences)
     return found
+
+
+def _differences(rows: Sequence[Row], first: Sequence[Row]) -> list[float]:
+    """Return how far a method's test loss is above another one's, for every seed that both have.
+
+    A seed draws the data anew, which moves all methods alike: their intervals overlap where the
+    differences leave no doubt.
+    """
+    known = {row["seed"]: row["test_loss"] for row in first if row.keys() >= _PAIRED}
+    return [
+        row["test_loss"] - known[row["seed"]]
+        for row in rows
+        if row.keys() >= _PAIRED and row["seed"] in known
+    ]
 
 
 def columns(rows: Iterable[Row]) -> list[str]:
