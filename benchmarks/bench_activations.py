@@ -14,7 +14,7 @@ from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
 
 import torch
-from figure import Figure
+from figure import against
 from torch import Tensor
 from torch.autograd.graph import save_on_cpu
 from turns import take_turns
@@ -89,11 +89,10 @@ def main() -> None:
     memory = {name: peak_bytes(run, device) for name, run in ways.items()}
     medians = take_turns(ways, args.repeats)
     print(f"{BATCH} texts of {args.tokens} tokens, {num_layers} layers on {device}")
-    for name in list(ways)[1:]:
-        print(f"  {name}: {memory[name] / 1e6:.0f} MB; kept: {memory['kept'] / 1e6:.0f} MB")
-        for what, of_way in (("time", medians), ("memory", memory)):
-            ratio = of_way[name] / of_way["kept"]
-            print(Figure(f"prompt step, activations {name} / kept: {what}", ratio).line())
+    for name, num_bytes in memory.items():
+        print(f"  {name}: {num_bytes / 1e6:.0f} MB")
+    for figure in against("prompt step, activations", {"time": medians, "memory": memory}, "kept"):
+        print(figure.line())
 
 
 if __name__ == "__main__":

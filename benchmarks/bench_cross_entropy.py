@@ -13,7 +13,7 @@ from functools import partial
 
 import torch
 import torch.nn.functional as F
-from figure import Figure
+from figure import against
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 from turns import take_turns
@@ -67,11 +67,12 @@ def main() -> None:
         memory[name] = live.peak_bytes
     medians = take_turns(ways, args.repeats)
     print(f"{args.labels} label positions, {VOCABULARY} tokens")
-    for name in list(ways)[1:]:
-        print(f"  {name}: {memory[name] / 1e6:.0f} MB; at once: {memory['at once'] / 1e6:.0f} MB")
-        for what, of_way in (("time", medians), ("memory", memory)):
-            ratio = of_way[name] / of_way["at once"]
-            print(Figure(f"loss over a large vocabulary, {name} / at once: {what}", ratio).line())
+    for name, num_bytes in memory.items():
+        print(f"  {name}: {num_bytes / 1e6:.0f} MB")
+    for figure in against(
+        "loss over a large vocabulary,", {"time": medians, "memory": memory}, "at once"
+    ):
+        print(figure.line())
 
 
 if __name__ == "__main__":

@@ -1,6 +1,7 @@
 """The line by which a benchmark tells `table.py` a figure; nothing is measured here."""
 
 import json
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 
 PREFIX = "figure: "
@@ -28,6 +29,24 @@ class Figure:
     def line(self) -> str:
         """Return the line that `read_figures` reads."""
         return PREFIX + json.dumps(asdict(self))
+
+
+def against(
+    title: str, measured: Mapping[str, Mapping[str, float]], reference: str
+) -> list[Figure]:
+    """Return the ratios of every way to one of them.
+
+    Args:
+        title: What is done in these ways.
+        measured: By what was measured, the value of every way.
+        reference: The way that the others are compared with.
+    """
+    return [
+        Figure(f"{title} {way} / {reference}: {what}", value / values[reference])
+        for what, values in measured.items()
+        for way, value in values.items()
+        if way != reference
+    ]
 
 
 def read_figures(output: str) -> list[Figure]:
