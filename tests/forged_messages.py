@@ -13,14 +13,8 @@ from fedsp.messages import (
 )
 
 SHAPE = (2, 2, 1, 3, 4)
-
-
 WIRE_DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
-
-
 CONTRACT = Contract({"soft_prompt": SHAPE}, "float32", None)
-
-
 METADATA = {
     "fedsp_version": "1",
     "kind": "client_update",
@@ -57,6 +51,4 @@ def frame(header, payload=bytes(48 * 4)):
 
 
 ENTRY = {"dtype": "F32", "shape": list(SHAPE), "data_offsets": [0, 192]}
-
-
 VALID = {name: encode(update(), name) for name in WIRE_DTYPES}

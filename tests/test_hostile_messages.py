@@ -31,7 +31,6 @@ from forged_messages import (
 
 # --- hostile bytes ---------------------------------------------------------------------------
 
-
 FUZZ = settings(max_examples=400, deadline=None, derandomize=True, database=None)
 
 

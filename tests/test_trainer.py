@@ -159,7 +159,6 @@ def test_autocast_is_on_in_every_step_exactly_when_asked_for(
 
 
 def test_a_zero_length_prompt_changes_nothing(tmp_path: Path) -> None:
-
     server = make_server(
         tmp_path, soft_prompt=SoftPromptSpec(num_virtual_tokens=0), training=Stage(steps=0)
     )
