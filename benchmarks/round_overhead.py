@@ -285,19 +285,18 @@ def main() -> None:
     """Print a line for every model and precision."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--rounds", type=int, default=5, help="timed rounds of each")
-    parser.add_argument("--quick", action="store_true", help="nano only, two timed rounds")
+    parser.add_argument("--quick", action="store_true", help="nano only")
     parser.add_argument("--only", choices=CASES, help="one of the models")
     args = parser.parse_args()
     warnings.simplefilter("ignore")
     names = [args.only] if args.only else ["nano"] if args.quick else list(CASES)
-    rounds = 2 if args.quick else args.rounds
     precisions = ["fp32"] if args.quick and is_slow_at_bf16() else list(TOLERANCE)
     columns = "fedsp, bare, fedsp / bare [range]"
     print(f"a round: wall seconds of {columns} | CPU seconds of {columns} | difference", flush=True)
     figures = []
     for name in names:
         for precision in precisions:
-            result = race(CASES[name], precision, rounds + 1)
+            result = race(CASES[name], precision, args.rounds + 1)
             print(report(name, precision, result), flush=True)
             figures.append(figure(name, precision, result))
     for found in figures:
