@@ -198,6 +198,7 @@ def test_the_terminal_shows_a_line_a_method(seeds: list[Run]) -> None:
     with console.capture() as capture:
         console.print(comparison_table(group_runs(seeds)))
     lines = capture.get().splitlines()
+    assert "  test loss" in lines[-3], "a header has as many words a line as its column is wide"
     assert lines[-2].split()[:2] == ["a", "2"]
     assert "1.5000 ± 6.3531" in lines[-2]
     assert "55.0 ± 63.5 %" in lines[-1]

@@ -7,6 +7,7 @@ import csv
 import io
 import json
 import math
+import textwrap
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -259,11 +260,14 @@ def comparison_table(methods: Sequence[Method]) -> Table:
     table.add_column("method", no_wrap=True)
     table.add_column("seeds", justify="right")
     shown = shown_columns(method.intervals for method in methods)
-    for title in shown:
-        table.add_column(title.replace(" ", "\n"), justify="right", overflow="fold")
-    for method in methods:
-        cells = (cell(name, method.intervals.get(name)) for name in shown.values())
-        table.add_row(method.name, str(method.count), *cells)
+    rows = [
+        [cell(name, method.intervals.get(name)) for name in shown.values()] for method in methods
+    ]
+    for idx, title in enumerate(shown):
+        width = max(len(text) for text in (*(row[idx] for row in rows), *title.split()))
+        table.add_column(textwrap.fill(title, width), justify="right", overflow="fold")
+    for method, row in zip(methods, rows, strict=True):
+        table.add_row(method.name, str(method.count), *row)
     return table
 
 
