@@ -31,8 +31,11 @@ class StrictParser(LightningArgumentParser):
     """
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
-        """Switch abbreviations off; everything else is passed on."""
-        super().__init__(*args, **{"allow_abbrev": False, **kwargs})
+        """Switch abbreviations off; everything else is passed on.
+
+        The program is `fedsp` also where `python -m fedsp` or torchrun started it.
+        """
+        super().__init__(*args, **{"allow_abbrev": False, "prog": "fedsp", **kwargs})
 
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:
         """Print the reason, without all options and the whole configuration, and exit with 2."""
