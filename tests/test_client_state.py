@@ -371,3 +371,27 @@ def test_of_two_counts_of_answers_the_larger_one_stays(tmp_path):
     store.count_answer(0)
     assert store.answers() == {0: 4, 1: 1}
     assert (tmp_path / "000000" / "answers.txt").read_text() == "4\n"
+
+
+@pytest.mark.parametrize("keep", [1, 2, 3, 4])
+def test_after_a_resume_every_checkpoint_that_is_kept_can_be_restored(tmp_path, keep):
+    def run(store, rounds):
+        for round_idx in rounds:
+            for client_id in random.Random(round_idx).sample(range(4), k=2):
+                store.put(client_id, round_idx, state(client_id, round_idx))
+            saved.append(store.versions())
+            store.commit()
+
+    saved = []
+    run(ClientStateStore(tmp_path, keep=keep), range(6))
+    for stop in (6, 7, 9):
+        resumed = ClientStateStore(tmp_path, keep=keep)
+        resumed.restore(saved[-1])
+        run(resumed, range(stop, stop + 1))
+        for versions in saved[-keep:]:
+            for client_id, round_idx in versions.items():
+                assert f"{client_id:06d}/round-{round_idx:06d}.safetensors" in files(tmp_path)
+    run(resumed, range(10, 10 + keep + 1))
+    kept = {item for versions in saved[-keep:] for item in versions.items()}
+    named = {f"{c:06d}/round-{r:06d}.safetensors" for c, r in kept}
+    assert set(files(tmp_path)) == named, "and nothing is left behind"

@@ -14,7 +14,9 @@ from fedsp.display import (
     human_seconds,
     human_share,
     plural,
+    printable,
     sections,
+    tell,
 )
 
 
@@ -113,3 +115,12 @@ def test_long_texts_wrap_in_their_own_column_and_brackets_stay() -> None:
         "            word word word",
         "      b     [red]x[/red]",
     ]
+
+
+def test_what_a_terminal_would_obey_is_shown() -> None:
+    assert printable("\x1b[2J\x07\n\u202e a\u00e9") == r"\x1b[2J\x07\n\u202e a" + "\u00e9"
+
+
+def test_a_line_for_the_operator_is_one_line(capsys: pytest.CaptureFixture[str]) -> None:
+    tell("beta: \x1b[2J\nround 7: all is well")
+    assert capsys.readouterr().out == r"beta: \x1b[2J\nround 7: all is well" + "\n"

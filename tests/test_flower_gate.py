@@ -1,5 +1,6 @@
 """What a party with a valid key may put into the server's memory: a real SuperLink over TLS."""
 
+import json
 from collections.abc import Iterator
 from itertools import pairwise
 from pathlib import Path
@@ -8,13 +9,14 @@ from typing import Any
 
 import httpx
 import pytest
-from flwr.app import Message
+from flwr.app import Array, Message
 from flwr.app.message import remove_content_from_message
 from flwr.common.serde import message_to_proto
 from flwr.proto.fleet_pb2 import PullMessagesRequest, PushMessagesRequest
 from flwr.proto.message_pb2 import ObjectTree, PushObjectRequest
 from flwr.proto.node_pb2 import Node
 from flwr.supercore.inflatable.inflatable_object import (
+    add_header_to_object_body,
     get_all_nested_objects,
     get_object_tree,
     no_object_id_recompute,
@@ -147,6 +149,31 @@ def test_a_part_that_is_sent_again_counts_once(
         attacker.upload(answer, session_id, but_last=True)
     attacker.upload(answer, session_id)
     assert receive(link, 1) == [("alpha", {"data": bytes(6 * MIB // 10)})]
+
+
+def test_an_answer_that_names_one_piece_again_and_again_is_refused(
+    federation: Federation,
+    link: FlowerLink,
+    attacker: Attacker,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Flower would take a copy of the piece each time: half a gigabyte from 100 kB."""
+    asked = question(link, attacker, {"data": b""})
+
+    def deflate(array: Array) -> bytes:
+        body = {"dtype": array.dtype, "shape": array.shape, "stype": array.stype}
+        text = json.dumps({**body, "arraychunk_ids": [0] * 8000}).encode()
+        return add_header_to_object_body(object_body=text, obj=array)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Array, "deflate", deflate)
+        answer = Message(pack_record({"data": bytes(MIB // 16)}), reply_to=asked)
+        attacker.upload(answer, attacker.announce(answer))
+    assert link.receive(2.0) == []
+    assert federation.told["server"][-1] == (
+        f"alpha: an answer that unpacks to more than {ANSWER_OVERHEAD_BYTES} bytes"
+    )
+    assert held_bytes(link) == 0
 
 
 def test_what_is_begun_and_never_ended_does_not_pile_up(

@@ -54,6 +54,23 @@ def test_a_line_can_be_read_by_others_before_record_returns_to_its_caller(tmp_pa
         assert seen.stdout.split()[0] == str(count)
 
 
+def test_a_payload_of_many_foreign_names_takes_no_more_room_than_an_honest_one(tmp_path):
+    """An answer of 1 MiB whose header is all names; what is left out is said."""
+    path = tmp_path / "ledger.jsonl"
+    ledger = Ledger(path)
+    ledger.declare(Contract({"soft_prompt": PREFIX.shape}, "float32", None), {"a": PREFIX})
+    foreign = {f"{idx:04d}{chr(0x1F600) * 60}": torch.zeros(0) for idx in range(1000)}
+    update = encode(ClientUpdate(0, 3, {"soft_prompt": PREFIX, **foreign}, 17), "float32")
+    ledger.record(0, 3, "up", update)
+    line = path.read_bytes().splitlines()[-1]
+    assert len(line) < 6000 < len(update)
+    row = json.loads(line)
+    assert row["sha256"] == hashlib.sha256(update).hexdigest()
+    kept = len(row["tensors"]) - 1
+    assert kept >= 1
+    assert row["tensors"][-1]["name"] == f"and {1001 - kept} tensors more"
+
+
 def test_totals_are_the_bytes_of_one_round_and_direction(tmp_path):
     ledger = Ledger(tmp_path / "ledger.jsonl")
     assert ledger.totals(0) == {"up_bytes": 0, "down_bytes": 0}

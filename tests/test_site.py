@@ -212,3 +212,18 @@ def test_terms_name_what_differs_and_nothing_else() -> None:
     }
     assert differing(terms(config), terms(other)) == ["trainer.communication.wire_dtype"]
     assert differing(terms(config), terms(config)) == []
+
+
+def test_noise_by_which_earlier_answers_would_be_cheaper_is_refused(
+    make: Callable[..., ClientSite], first: Request
+) -> None:
+    def noisy(noise_multiplier: float, max_epsilon: float = 100.0) -> LocalPrivacy:
+        return LocalPrivacy(noise_multiplier, 1.0, 1e-3, max_epsilon)
+
+    make(privacy=noisy(4.0)).close()
+    site = make(privacy=noisy(2.0))  # nothing was answered yet
+    assert ask(site, first).kind == "update"
+    site.close()
+    make(privacy=noisy(2.0, max_epsilon=200.0)).close()
+    with pytest.raises(ValueError, match=r"\[2.0, 0.001\] .* earlier answers, got \[5.0, 0.001\]"):
+        make(privacy=noisy(5.0))

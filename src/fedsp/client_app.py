@@ -1,9 +1,9 @@
 """A client of a live federation: a site that answers what Flower brings."""
 
-from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from fedsp.display import tell
 from fedsp.federation_settings import FederationSettings
 from fedsp.flower_node import FlowerNode
 from fedsp.site import ClientSite
@@ -27,7 +27,6 @@ def run_client(run: "FederatedCLI", folder: Path, settings: FederationSettings) 
     trainer: Any = run.trainer
     model: Any = run.model
     data: Any = run.datamodule
-    tell = partial(print, flush=True)
     client_id = settings.parties.index(str(settings.party))
     site = ClientSite(trainer, model, run.client, data, client_id, tell)
     try:

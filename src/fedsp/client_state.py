@@ -20,7 +20,7 @@ from fedsp.state_files import (
 )
 
 _CHUNK_BYTES = 2**20
-_ANSWERS = "answers.txt"
+ANSWERS = "answers.txt"
 
 
 class ClientStateStore:
@@ -136,7 +136,7 @@ class ClientStateStore:
             OSError: If it cannot be written.
         """
         self._answers[client_id] += 1
-        path = self._directory / f"{client_id:06d}" / _ANSWERS
+        path = self._directory / f"{client_id:06d}" / ANSWERS
         path.parent.mkdir(parents=True, exist_ok=True)
         write_text_atomically(path, f"{self._answers[client_id]}\n")
 
@@ -167,7 +167,7 @@ class ClientStateStore:
     def restore(self, versions: dict[int, int]) -> None:
         """Go back to the states that a checkpoint names and delete those of later rounds.
 
-        Older ones stay until the next `commit`: until then an older checkpoint may be needed.
+        Older ones stay as long as a kept checkpoint may need them, which `commit` counts.
 
         Args:
             versions: What `versions()` gave when the checkpoint was saved; {} empties the store.
@@ -181,14 +181,23 @@ class ClientStateStore:
                 check_state_file(path)
             except (FileNotFoundError, ValueError) as error:
                 raise _unreadable(client_id, path, error) from error
-        older: list[tuple[int, int]] = []
+        older: dict[int, list[int]] = {}
         for folder in self._directory.glob("[0-9]*"):
             if self._deletes and folder.is_dir() and folder.name.isdecimal():
-                older += self._delete_later(folder, versions.get(int(folder.name), -1))
+                client_id = int(folder.name)
+                older[client_id] = self._delete_later(folder, versions.get(client_id, -1))
         self._adopt_counts()
         self._versions = dict(versions)
         self._forget()
-        self._superseded = older
+        # a checkpoint needs no client's state that is more states old than the checkpoint is saves
+        for back in range(1, self._keep):
+            needed = {idx: rounds[-back] for idx, rounds in older.items() if len(rounds) >= back}
+            self._committed.insert(0, needed)
+        self._superseded = [
+            (idx, round_idx)
+            for idx, rounds in older.items()
+            for round_idx in rounds[: max(0, len(rounds) - self._keep + 1)]
+        ]
 
     def restore_before(self, client_id: int, round_idx: int) -> None:
         """Go back to what a client knew before a round, as one that keeps its state by itself does.
@@ -222,7 +231,7 @@ class ClientStateStore:
         return self._directory / f"{client_id:06d}" / f"round-{round_idx:06d}.safetensors"
 
     def _adopt_counts(self) -> None:
-        for path in self._directory.glob(f"[0-9]*/{_ANSWERS}"):
+        for path in self._directory.glob(f"[0-9]*/{ANSWERS}"):
             self.adopt_answers({int(path.parent.name): int(path.read_text())})
 
     def _forget(self) -> None:
@@ -237,19 +246,19 @@ class ClientStateStore:
             self._superseded.append((client_id, self._versions[client_id]))
         self._versions[client_id] = round_idx
 
-    def _delete_later(self, folder: Path, kept: int) -> list[tuple[int, int]]:
-        """Delete a client's states of rounds after `kept`; return those from before it."""
+    def _delete_later(self, folder: Path, kept: int) -> list[int]:
+        """Delete a client's states of rounds after `kept`; return earlier ones, in their order."""
         remove_temporary_files(folder)
-        client_id, older = int(folder.name), []
+        older = []
         for path in folder.glob("round-*.safetensors"):
             round_idx = int(path.stem.removeprefix("round-"))
             if round_idx > kept:
                 path.unlink()
             elif round_idx < kept:
-                older.append((client_id, round_idx))
+                older.append(round_idx)
         if not any(folder.iterdir()):
             folder.rmdir()
-        return older
+        return sorted(older)
 
     def _is_newest(self, client_id: int, data: bytes) -> bool:
         if client_id not in self._versions:

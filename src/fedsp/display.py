@@ -9,6 +9,16 @@ from rich.text import Text
 Rows = list[tuple[str, str]]
 
 
+def printable(text: str) -> str:
+    """Return a text with what a terminal would obey shown and not sent: others may have made it."""
+    return "".join(c if c.isprintable() else repr(c)[1:-1] for c in text)
+
+
+def tell(line: str) -> None:
+    """Print a line for the operator of a live federation, at once."""
+    print(printable(line), flush=True)
+
+
 def human_bytes(num_bytes: float) -> str:
     """Return bytes with three digits in powers of 1000, such as `61.4 kB`; at most 7 characters."""
     if num_bytes < 999.5:

@@ -57,6 +57,8 @@ class Gate:
         return (
             str(scope["path"]).startswith("/v1/fleet/")
             and headers.get(self._header) in self._keys
+            # a body in chunks has no length that could be held against it
+            and b"transfer-encoding" not in headers
             and length.isdigit()
             and int(length) <= MAX_BODY_BYTES
         )
@@ -122,6 +124,12 @@ class Intake:
                 self.forget(stale)
             self._questions[message_id] = _Question(party, limit)
             self._told.discard(party)
+
+    def limit(self, message_id: str) -> int:
+        """Return how many bytes an answer may take; 0 for a question that is not open."""
+        with self._state.lock:
+            question = self._questions.get(message_id)
+            return 0 if question is None else question.limit
 
     def forget(self, message_id: str) -> None:
         """Close a question; the message, and what has come as its answer, leave Flower's memory."""

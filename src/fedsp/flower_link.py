@@ -48,7 +48,7 @@ from flwr.superlink.servicer.runtime import runtime_handlers
 
 from fedsp.federation_settings import Address
 from fedsp.flower_gate import Gate, Intake, bound_uploads
-from fedsp.flower_records import MESSAGE_TYPE, pack_record, unpack_record
+from fedsp.flower_records import MESSAGE_TYPE, pack_record, unpack_record, unpacked_bytes
 from fedsp.messages import MessageError
 from fedsp.remote import FederationError
 from fedsp.wire import Record
@@ -165,12 +165,15 @@ class FlowerLink:
         """
         came = []
         for message_id, party in self._intake.open.items():
+            limit = self._intake.limit(message_id)
             try:
                 # Flower's handlers lock the state first, then what they need of it: so must we
                 with self._state.lock:
                     reply_id, contents = self._take(message_id)
                 if not contents:
                     continue
+                if unpacked_bytes(contents) > limit:
+                    raise MessageError(f"an answer that unpacks to more than {limit} bytes")
                 reply: Any = inflate_object_from_contents(reply_id, contents)
                 came.append((party, unpack_record(reply.content)))
             except MessageError as error:

@@ -3,7 +3,14 @@
 Bytes travel as an array, which Flower cuts into pieces of 5 MB; all else is configuration.
 """
 
+import json
+from collections.abc import Mapping
+
 from flwr.app import Array, ArrayRecord, ConfigRecord, RecordDict
+from flwr.supercore.inflatable.inflatable_object import (
+    get_object_body,
+    get_object_head_values_from_object_content,
+)
 
 from fedsp.messages import MessageError
 from fedsp.wire import Record
@@ -39,6 +46,24 @@ def unpack_record(content: RecordDict) -> Record:
     record: Record = {}
     for name, value in fields.items():
         if not isinstance(value, int | float | str):
-            raise MessageError(f"`{name:.80}` must be a number or text, got {type(value).__name__}")
+            raise MessageError(f"{name!r:.80} must be a number or text, got {type(value).__name__}")
         record[name] = value
     return record | {name: array.data for name, array in arrays.items()}
+
+
+def unpacked_bytes(contents: Mapping[str, bytes]) -> int:
+    """Return how large the arrays of a message will be, before they are put together.
+
+    Flower names the pieces of an array by number and takes as many copies of one as it is named
+    often.
+
+    Args:
+        contents: The message's parts by Flower's name.
+    """
+    size = 0
+    for content in contents.values():
+        kind, pieces, _ = get_object_head_values_from_object_content(content)
+        if kind == Array.__qualname__:
+            named = json.loads(get_object_body(content, Array))["arraychunk_ids"]
+            size += sum(len(contents[pieces[idx]]) for idx in named)
+    return size

@@ -36,6 +36,8 @@ _DECLARATION: dict[str, type | tuple[type, ...]] = {
     "client": (int, type(None)),
     "declares": dict,
 }
+# characters by which a payload's description may be longer than the declared one
+_UNDECLARED = 4096
 _TENSOR: dict[str, type] = {"name": str, "shape": list, "dtype": str}
 
 
@@ -81,6 +83,8 @@ class Ledger:
         self.attempt = attempt
         self._totals: dict[int, dict[str, int]] = defaultdict(lambda: {"up": 0, "down": 0})
         self._file = -1
+        # the longest description of a payload by its kind, once it is declared
+        self._room: dict[str, int] = {}
         if path is not None:
             path.parent.mkdir(parents=True, exist_ok=True)
             self._file = os.open(path, os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o666)
@@ -106,6 +110,7 @@ class Ledger:
             "client_update": tensors,
         }
         self._append({"attempt": self.attempt, "client": client_id, "declares": declares})
+        self._room = {kind: _UNDECLARED + len(json.dumps(it)) for kind, it in declares.items()}
 
     def record(self, round_idx: int, client_id: int, direction: Direction, data: Buffer) -> None:
         """Note a payload; call it before the payload is handed on.
@@ -154,12 +159,26 @@ class Ledger:
             "client": client_id,
             "direction": direction,
             "kind": description["kind"],
-            "tensors": description["tensors"],
+            "tensors": self._bounded(description["kind"], description["tensors"]),
             "bytes": num_bytes,
             "sha256": sha256,
         }
         self._append(row)
         self._totals[round_idx][direction] += num_bytes
+
+    def _bounded(self, kind: str, tensors: list[dict[str, Any]]) -> list[dict[str, Any]]:
+        """Leave out what a sender fills the disk with: names without end that nobody declared."""
+        room = self._room.get(kind)
+        if room is None or len(json.dumps(tensors)) <= room:
+            return tensors
+        kept: list[dict[str, Any]] = []
+        for tensor in tensors:
+            room -= len(json.dumps(tensor))
+            if room < 0:
+                break
+            kept.append(tensor)
+        left_out = f"and {len(tensors) - len(kept)} tensors more"
+        return [*kept, {"name": left_out, "shape": [], "dtype": "float32"}]
 
     def totals(self, round_idx: int) -> dict[str, int]:
         """Bytes of one round in this attempt.

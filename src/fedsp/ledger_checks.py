@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from fedsp.display import printable
 from fedsp.ledger import parse_line
 from fedsp.message_sizes import size_limits
 
@@ -204,7 +205,7 @@ def repeats(book: Book) -> Iterator[str]:
 
 def tensor_texts(tensors: Sequence[Mapping[str, Any]]) -> tuple[str, ...]:
     """Return tensors of a ledger as `name [shape] dtype`."""
-    return tuple(f"{it['name']} {it['shape']} {it['dtype']}" for it in tensors)
+    return tuple(f"{printable(it['name'])} {it['shape']} {it['dtype']}" for it in tensors)
 
 
 def _what(row: Mapping[str, Any]) -> str:

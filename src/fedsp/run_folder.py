@@ -31,6 +31,8 @@ class RunFolder:
             path: The folder, relative to the working folder or absolute.
         """
         self.path = Path(path).expanduser()
+        # the command that goes on with the run where that is not `fedsp fit`
+        self.started_by = ""
         self.config = self.path / "config.yaml"
         self.auxiliary = self.path / "auxiliary.safetensors"
         self.handout = self.path / "handout.safetensors"
@@ -45,6 +47,7 @@ class RunFolder:
         self.harness_samples = self.path / "harness_samples.jsonl"
         self.privacy = self.path / "privacy.json"
         self.privacy_budget = self.path / "privacy_budget.json"
+        self.client_privacy = self.path / "client_privacy.json"
         self.predictions = self.path / "predictions.jsonl"
 
     def check(self, *, resume: bool) -> None:

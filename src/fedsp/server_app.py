@@ -1,12 +1,13 @@
 """The server of a live federation: the trainer's loop, whose clients are behind Flower."""
 
+import shlex
 from collections.abc import Callable
-from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from fedsp.auxiliary import Auxiliary
 from fedsp.client import ClientModule
+from fedsp.display import tell
 from fedsp.executors import Executor
 from fedsp.federation_settings import FederationSettings
 from fedsp.flower_link import FlowerLink
@@ -34,13 +35,13 @@ def run_server(run: "FederatedCLI", folder: Path, settings: FederationSettings) 
         ValueError: If a setting is wrong.
     """
     trainer: Any = run.trainer
+    trainer.folder.started_by = f"fedsp federation server {shlex.quote(str(folder))}"
     trainer.folder.path.mkdir(parents=True, exist_ok=True)  # where there was none, all starts anew
     launch(trainer.fabric)
     if not trainer.fabric.is_global_zero:
         trainer.make_executor = _relayed
         trainer.fit(run.model, run.client, run.datamodule, ckpt_path="last")
         return
-    tell = partial(print, flush=True)
     link = FlowerLink(folder, settings.meeting_point, settings.parties, tell)
     clients: list[RemoteExecutor] = []
 

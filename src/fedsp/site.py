@@ -5,23 +5,25 @@ written into the client's own ledger before it goes.
 """
 
 import hashlib
+import json
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from fedsp.client import ClientModule
-from fedsp.client_state import ClientStateStore
+from fedsp.client_state import ANSWERS, ClientStateStore
 from fedsp.data import FederatedDataModule
 from fedsp.executors import BudgetSpentError, InProcessExecutor, Simulation
 from fedsp.handout import receive_handout
 from fedsp.ledger import Ledger, next_attempt
 from fedsp.messages import MessageError
 from fedsp.opening import install, launch, set_up_data
+from fedsp.privacy import LocalPrivacy
 from fedsp.run_folder import RunFolder
 from fedsp.server import ServerModule
 from fedsp.stages import try_out
-from fedsp.state_files import write_bytes_atomically
+from fedsp.state_files import write_bytes_atomically, write_text_atomically
 from fedsp.terms import differing, terms
 from fedsp.wire import MAX_REASON, Answer, Record, Request, read_request, to_record
 
@@ -74,10 +76,25 @@ class ClientSite:
             client.privacy.check()
         self.num_examples = data.client_num_examples(client_id)
         self.folder.create(trainer.config_text)
+        if client.privacy is not None:
+            self._keep_price(client.privacy)
         self.ledger = Ledger(self.folder.ledger, next_attempt(self.folder.ledger))
         self.store = ClientStateStore(self.folder.clients, keep=STATES_KEPT)
         self._executor: InProcessExecutor | None = None
         self._handout_sha256 = ""
+
+    def _keep_price(self, privacy: LocalPrivacy) -> None:
+        """Refuse noise by which earlier answers would be counted at another price than they had."""
+        path = self.folder.client_privacy
+        price = {"noise_multiplier": privacy.noise_multiplier, "delta": privacy.delta}
+        kept = json.loads(path.read_text()) if path.exists() else price
+        if kept != price and any(self.folder.clients.glob(f"*/{ANSWERS}")):
+            raise ValueError(
+                f"`client.privacy` must have the `noise_multiplier` and `delta` {[*kept.values()]} "
+                f"of this client's earlier answers, got {[*price.values()]}. Only `max_epsilon` "
+                "may be changed."
+            )
+        write_text_atomically(path, json.dumps(price) + "\n")
 
     def answer(self, record: Record) -> Record:
         """Answer a request; whatever goes wrong here, the server gets an answer.
@@ -153,11 +170,10 @@ class ClientSite:
             self._executor = self._load(data, request)
             self._handout_sha256 = request.handout_sha256
         executor = self._executor
-        if executor is not None and executor.simulation.participations != request.participations:
+        participations = {self.client_id: request.participations}
+        if executor is not None and executor.simulation.participations != participations:
             # the server's operator has changed the number of rounds
-            executor.simulation = replace(
-                executor.simulation, participations=request.participations
-            )
+            executor.simulation = replace(executor.simulation, participations=participations)
         return executor
 
     def _load(self, handout: bytes, request: Request) -> InProcessExecutor:
@@ -177,7 +193,7 @@ class ClientSite:
             ledger=self.ledger,
             contract=contract,
             seed=trainer.seed,
-            participations=request.participations,
+            participations={self.client_id: request.participations},
         )
         return InProcessExecutor(simulation)
 

@@ -9,6 +9,7 @@ from dataclasses import MISSING, asdict, dataclass, field, fields
 from importlib.metadata import version
 from typing import Any, Literal, TypeVar
 
+from fedsp.display import printable
 from fedsp.messages import MessageError
 
 Record = dict[str, int | float | str | bytes]
@@ -105,8 +106,9 @@ def read_answer(record: Record) -> Answer:
 def _read(record: Record, kind: type[_T], sender: str) -> _T:
     came = record.get("protocol")
     if came != PROTOCOL:
+        theirs = f"{printable(str(record.get('fedsp'))):.40}"
         raise MessageError(
-            f"the {sender} runs fedsp {record.get('fedsp')!s:.40} (protocol {came!s:.20}), this "
+            f"the {sender} runs fedsp {theirs} (protocol {printable(str(came)):.20}), this "
             f"side fedsp {version('fedsp')} (protocol {PROTOCOL}): install the same release on both"
         )
     defaults: dict[str, Any] = {each.name: each.default for each in fields(kind)}
