@@ -3,8 +3,10 @@
 from typing import Any
 
 import dp_accounting
+import numpy as np
 import pytest
 from dp_accounting import rdp
+from scipy import stats
 
 from fedsp.accounting import Accountant, check_budget, require_accounting
 
@@ -35,6 +37,31 @@ def test_epsilon_is_never_below_the_exact_figure() -> None:
     exact = dp_accounting.get_epsilon_gaussian(1.0 / 50**0.5, 1e-3)
     found = Accountant(1.0, 1e-3).epsilon(50)
     assert exact < found < 1.1 * exact
+
+
+@pytest.mark.parametrize(
+    ("cohort", "population", "z", "times"), [(20, 1000, 1, 10), (50, 1000, 2, 26)]
+)
+def test_a_sample_that_is_released_again_is_no_fresh_one(
+    cohort: int, population: int, z: float, times: int
+) -> None:
+    """Below every epsilon lies what a test of the mean of all releases finds out.
+
+    Client X was in the sample with the change +1, or -1 in its place, with probability q = m / N.
+    """
+    q, spread, delta = cohort / population, z / times**0.5, 1e-4
+    cuts = np.linspace(0.0, 5.0, 2001)
+    there, instead = (
+        (1 - q) * stats.norm.sf(cuts / spread) + q * stats.norm.sf((cuts - x) / spread)
+        for x in (1, -1)
+    )
+    found_out = np.log(np.maximum(there - delta, 1e-300) / instead).max()
+    accountant = Accountant(z / 2, delta, (cohort, population))
+    assert accountant.epsilon_of({times: 1}) >= found_out > accountant.epsilon(times)
+    event = dp_accounting.GaussianDpEvent(z / 2 / times**0.5)
+    event = dp_accounting.SampledWithoutReplacementDpEvent(population, cohort, event)
+    by_hand = rdp.RdpAccountant(neighboring_relation=RELATION.REPLACE_ONE).compose(event)
+    assert accountant.epsilon_of({times: 1}) == pytest.approx(by_hand.get_epsilon(delta))
 
 
 def test_nothing_released_costs_nothing() -> None:

@@ -5,8 +5,10 @@ with the first figure that is asked for.
 """
 
 import importlib.util
+import math
+from collections.abc import Mapping
 from dataclasses import dataclass
-from functools import cache, cached_property
+from functools import cache
 from typing import Any
 
 _NEVER = 2**40  # releases that no run reaches: no bound
@@ -66,35 +68,49 @@ class Accountant:
     delta: float
     sampled: tuple[int, int] | None = None
 
-    @cached_property
-    def _one_release(self) -> tuple[Any, Any]:
-        """Orders and the Renyi divergence of one release at each: they add up over releases."""
-        import dp_accounting
-        from dp_accounting import rdp
-
-        relation = dp_accounting.NeighboringRelation
-        event: Any = dp_accounting.GaussianDpEvent(self.noise_multiplier)
-        if self.sampled is None:
-            accountant = rdp.RdpAccountant(neighboring_relation=relation.REPLACE_SPECIAL)
-        else:
-            cohort_size, population = self.sampled
-            event = dp_accounting.SampledWithoutReplacementDpEvent(population, cohort_size, event)
-            accountant = rdp.RdpAccountant(neighboring_relation=relation.REPLACE_ONE)
-        accountant.compose(event)
-        return accountant.orders, accountant.rdp
-
     def epsilon(self, releases: int) -> float:
         """Return what so many releases cost together, at least 0."""
-        if not releases:
+        return self.epsilon_of({1: releases})
+
+    def epsilon_of(self, repeats: Mapping[int, int]) -> float:
+        """Return what samples cost together of which some were released more than once.
+
+        All that k releases of one sample tell is their mean, which has noise smaller by sqrt(k).
+        Counted as so many samples they would look cheaper than they are.
+
+        Args:
+            repeats: How many samples were released so many times, by the number of times.
+        """
+        if not any(repeats.values()):
             return 0.0
         from dp_accounting import rdp
 
-        orders, divergence = self._one_release
-        return float(rdp.compute_epsilon(orders, releases * divergence, self.delta)[0])
+        costs = [(_one_sample(self, times), count) for times, count in repeats.items()]
+        orders = costs[0][0][0]
+        divergence = sum(count * divergence for (_, divergence), count in costs)
+        return float(rdp.compute_epsilon(orders, divergence, self.delta)[0])
 
     def most_releases(self, max_epsilon: float | None) -> int:
         """Return the largest number of releases that costs at most `max_epsilon`."""
         return _NEVER if max_epsilon is None else _most_releases(self, max_epsilon)
+
+
+@cache
+def _one_sample(accountant: Accountant, times: int) -> tuple[Any, Any]:
+    """Return orders and the Renyi divergence of one sample at each: they add up over samples."""
+    import dp_accounting
+    from dp_accounting import rdp
+
+    relation = dp_accounting.NeighboringRelation
+    event: Any = dp_accounting.GaussianDpEvent(accountant.noise_multiplier / math.sqrt(times))
+    if accountant.sampled is None:
+        spent = rdp.RdpAccountant(neighboring_relation=relation.REPLACE_SPECIAL)
+    else:
+        cohort_size, population = accountant.sampled
+        event = dp_accounting.SampledWithoutReplacementDpEvent(population, cohort_size, event)
+        spent = rdp.RdpAccountant(neighboring_relation=relation.REPLACE_ONE)
+    spent.compose(event)
+    return spent.orders, spent.rdp
 
 
 @cache  # asked for every client in every round

@@ -77,7 +77,7 @@ class CentralPrivacy:
         self._noise = NoiseSource(noise_seed)
         self._is_repeatable = noise_seed is not None
         self._participations: Counter[int] = Counter()
-        self._rounds = 0
+        self._attempts: Counter[int] = Counter()
         self._cohort: tuple[int, Sequence[int]] = (0, ())
         self._ranks, self._path = Ranks(), Path()
         self._started: tuple[Accountant, PrivateMean] | None = None
@@ -176,10 +176,10 @@ class CentralPrivacy:
         self._cohort = (round_idx, cohort)
         return self.mean
 
-    def affords(self, cohort: Sequence[int]) -> bool:
+    def affords(self, round_idx: int, cohort: Sequence[int]) -> bool:
         """Whether a round with such a cohort stays within the budget."""
-        releases = self._releases(self._rounds + 1, self._participations + Counter(cohort))
-        return releases <= self._require()[0].most_releases(self.max_epsilon)
+        counts = self._attempts + Counter([round_idx]), self._participations + Counter(cohort)
+        return self.max_epsilon is None or self._epsilon(*counts) <= self.max_epsilon
 
     @property
     def mean(self) -> PrivateMean:
@@ -189,12 +189,12 @@ class CentralPrivacy:
     @property
     def epsilon(self) -> float:
         """What has been spent so far."""
-        return self._require()[0].epsilon(self.releases)
+        return self._epsilon(self._attempts, self._participations)
 
     @property
     def releases(self) -> int:
         """Rounds that count so far for the client who has the most of them."""
-        return self._releases(self._rounds, self._participations)
+        return self._releases(self._attempts.total(), self._participations)
 
     def planned(
         self, cohorts: Sequence[Sequence[int]], sizes: tuple[int, int]
@@ -236,14 +236,20 @@ class CentralPrivacy:
         }
 
     def _releases(self, rounds: int, participations: Counter[int]) -> int:
-        return (
-            rounds if self.amplification == "sampling" else max(participations.values(), default=0)
-        )
+        most = max(participations.values(), default=0)
+        return rounds if self.amplification == "sampling" else most
+
+    def _epsilon(self, attempts: Counter[int], participations: Counter[int]) -> float:
+        accountant = self._require()[0]
+        if self.amplification == "sampling":
+            # a round that is done again has the same cohort: no fresh sample
+            return accountant.epsilon_of(Counter(attempts.values()))
+        return accountant.epsilon(self._releases(attempts.total(), participations))
 
     def _release(self, count: int) -> Tensor:
         """Pay for a round, on disk before any noise is drawn, and return the noise."""
         round_idx, cohort = self._cohort
-        self._rounds += 1
+        self._attempts[round_idx] += 1
         self._participations.update(cohort)
         self._write()
         own = b""
@@ -269,18 +275,20 @@ class CentralPrivacy:
         self._write()
 
     def _counts(self) -> dict[str, Any]:
-        participations = {str(client): count for client, count in self._participations.items()}
-        return {"rounds": self._rounds, "participations": participations}
+        counts = {"rounds": self._attempts, "participations": self._participations}
+        return {name: {str(key): n for key, n in count.items()} for name, count in counts.items()}
 
     def _count_at_least(self, counts: Mapping[str, Any]) -> None:
-        self._rounds = max(self._rounds, counts["rounds"])
-        self._participations |= Counter(
-            {int(client): count for client, count in counts["participations"].items()}
-        )
+        self._attempts |= _by_number(counts["rounds"])
+        self._participations |= _by_number(counts["participations"])
 
     def _write(self) -> None:
         text = json.dumps(self._counts()) + "\n"
         self._ranks.on_first(write_text_atomically, self._path, text)
+
+
+def _by_number(counts: Mapping[str, int]) -> Counter[int]:
+    return Counter({int(key): count for key, count in counts.items()})
 
 
 class LocalPrivacy:
