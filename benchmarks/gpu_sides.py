@@ -156,8 +156,8 @@ class FedspSide:
         self.server.soft_prompt = self.fabric.to_device(prompt)
         if self.stage == "server prompt":
             self.server.start_tuning()
-            made = training.build(self.server.tuned_parameters(), self.steps)
-            self.optimization = Optimization(*made)
+            tuned = self.server.tuned_parameters()
+            self.optimization = Optimization.of(training, tuned, self.steps)
         else:
             off, of_prompt = Stage(0), self.stage == "client prompt"
             stages = (off, training) if of_prompt else (training, off)

@@ -104,7 +104,7 @@ class Study:
         prompt = self.server.require_model()[1]
         prompt.load_prefix(self.initial)
         stage = self.server.training_stage
-        own = Optimization(*stage.build(prompt.parameters(), stage.steps * self.rounds))
+        own = Optimization.of(stage, prompt.parameters(), stage.steps * self.rounds)
         states: dict[str, Any] = {}
         losses, best = [self.loss()], self.initial
         for _ in range(self.rounds):
@@ -139,7 +139,7 @@ class Study:
             client.set_stages([name])
             if name not in states:
                 parameters = client.stage_parameters(name).values()
-                states[name] = Optimization(*stage.build(parameters, stage.steps * self.rounds))
+                states[name] = Optimization.of(stage, parameters, stage.steps * self.rounds)
             start = sum(state.batches for state in states.values())
             batches = self.pooled(start, stage.batches)
             _optimize(

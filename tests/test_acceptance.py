@@ -110,3 +110,13 @@ def test_what_cannot_be_measured_is_refused(tmp_path: Path) -> None:
             data=make_data(tmp_path, selection=None),
         )
     assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("fractions", [FRACTIONS, (1.0, 0.5)])
+def test_a_step_that_diverged_is_not_taken(tmp_path: Path, fractions: tuple[float, ...]) -> None:
+    server, data = ready(tmp_path)
+    before = server.payload()
+    after = {name: torch.full_like(value, float("nan")) for name, value in before.items()}
+    payload, fraction = Acceptance(fractions).choose(FABRIC, server, data, before, after)
+    assert fraction == 0.0
+    assert torch.equal(payload["soft_prompt"], before["soft_prompt"])

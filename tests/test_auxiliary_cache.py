@@ -11,6 +11,9 @@ import torch
 from fedsp.auxiliary import KeptLayers
 from fedsp.batching import Batching
 from fedsp.distillation import Distillation
+from fedsp.prompt_pool import PromptPool
+from fedsp.server import SoftPromptSpec
+from fedsp.soft_prompt import TextInit
 from fedsp.sources import Files
 from fedsp.stages import Stage
 from teaching import STAGE, Owner, cached_files, prepare, ready_data, same
@@ -95,6 +98,19 @@ def test_whatever_makes_the_model_another_is_not_found(
             **parts.get("server", {}),
         )
     assert [owner.steps for owner in owners] == [1, 1]
+    assert len(cached_files(tmp_path / "models")) == 2
+
+
+@pytest.mark.parametrize("change", [{"dropout": 0.2}, {"reparameterization_size": 3}])
+def test_what_makes_the_prompts_that_it_learns_to_read_counts(
+    tmp_path: Path, change: dict[str, Any]
+) -> None:
+    pool = PromptPool(rounds=1)
+    spec = Distillation(Stage(steps=1), prompts=pool, cache_dir=str(tmp_path / "models"))
+    for name, options in (("one", {}), ("two", change)):
+        prompt = SoftPromptSpec(4, TextInit(), **{"dropout": 0.1, **options})
+        data = ready_data(tmp_path)
+        assert not prepare(tmp_path, name, spec, data=data, soft_prompt=prompt).cached
     assert len(cached_files(tmp_path / "models")) == 2
 
 

@@ -44,6 +44,7 @@ def completions(run: Path, tmp_path: Path, prompts: list[str], ckpt_path: str = 
     rows = tmp_path / "rows.jsonl"
     rows.write_text("".join(json.dumps({"prompt": prompt}) + "\n" for prompt in prompts))
     output = tmp_path / "out.jsonl"
+    output.unlink(missing_ok=True)
     outcome = command(
         "predict", "--config", run / "config.yaml", "--input", rows, "--output", output,
         "--max_new_tokens", NEW, "--ckpt_path", ckpt_path,
@@ -158,3 +159,8 @@ def test_no_option_is_abbreviated_and_help_names_all_of_them(talk) -> None:
     outcome = command("chat", "--help")
     assert outcome.status == 0
     assert "Longest answer in tokens, at least 1;" in outcome.out
+
+
+def test_a_backslash_and_an_n_start_a_new_line(talk, run: Path, tmp_path: Path) -> None:
+    typed = talk(lines=[r"one\ntwo"])
+    assert typed.out == completions(run, tmp_path, ["one\ntwo"])

@@ -79,7 +79,7 @@ def test_best_is_apart_from_the_rounds(tmp_path):
     assert checkpoints.load("best", config=CONFIG).tree["prefix"].tolist() == [0.0, 0.0]
 
 
-@pytest.mark.parametrize("keep", [1, 2, 3])
+@pytest.mark.parametrize("keep", [1, 2, 3, 4, 5])
 def test_the_newest_rounds_stay(tmp_path, keep):
     checkpoints = Checkpoints(tmp_path, keep=keep)
     for round_idx in range(1, 6):
@@ -213,7 +213,7 @@ def test_another_format_version_is_named_and_not_fallen_back_from(tmp_path, monk
         patch.setattr("fedsp.checkpoint.FORMAT_VERSION", 99)
         checkpoints.save(run_state(1))
     path = name if name == "last" else tmp_path / name
-    with pytest.raises(ValueError, match="format version 99, this fedsp reads version 2"):
+    with pytest.raises(ValueError, match="format version 99, this fedsp reads version 3"):
         checkpoints.load(path)
 
 

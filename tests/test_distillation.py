@@ -378,3 +378,19 @@ def test_what_does_not_make_the_artefact_leaves_the_key(
 def test_an_equal_optimizer_written_otherwise_leaves_the_key(teacher: Backbone) -> None:
     other = Distillation(replace(BASE, optimizer=partial(torch.optim.SGD, lr=0.1)))
     assert key(teacher, other) == key(teacher)
+
+
+def test_a_batch_that_teaches_nothing_gives_a_zero_to_differentiate(
+    teacher: Backbone, student: Backbone, batch: dict[str, Tensor]
+) -> None:
+    """As where a trimmed vocabulary knows none of its labels."""
+    for parameter in student.parameters():
+        parameter.requires_grad_(True)
+    empty = {**batch, "labels": torch.full_like(batch["labels"], -100)}
+    settings = spec(hidden_weight=0.0, logit_weight=1.0)
+    loss = settings.loss(teacher, student, empty, torch.Generator())
+    loss.backward()
+    assert loss.item() == 0.0
+    for parameter in student.parameters():
+        assert parameter.grad is None or not parameter.grad.any()
+        parameter.requires_grad_(False)

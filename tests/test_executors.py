@@ -90,7 +90,7 @@ def make_world(
         ledger=Ledger(folder / name / "ledger.jsonl"),
         contract=contract,
         seed=0,
-        participations=3,
+        participations=dict.fromkeys(range(3), 3),
     )
     ledger = folder / name / "ledger.jsonl"
     executor = InProcessExecutor(simulation)

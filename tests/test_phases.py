@@ -59,7 +59,7 @@ def run_server(
     fabric: Fabric, server: ServerModule, batches: Batches, total_steps: int = 10, **options: int
 ) -> tuple[StageResult, Optimization]:
     prompt = server.require_model()[1]
-    optimization = Optimization(*server.training_stage.build(prompt.parameters(), total_steps))
+    optimization = Optimization.of(server.training_stage, prompt.parameters(), total_steps)
     settings = {"seed": 0, "round_idx": 0, **options}
     return train_server(fabric, server, optimization, batches, **settings), optimization
 
@@ -154,7 +154,7 @@ def test_joint_stages_step_both_parts_on_the_same_batches(tmp_path: Path, fabric
 
 
 def test_joint_stages_of_other_lengths_are_refused() -> None:
-    with pytest.raises(ValueError, match=r"got 2 and 3 steps"):
+    with pytest.raises(ValueError, match=r"got .2, 1. and .3, 1."):
         ClientModule(Stage(steps=2), Stage(steps=3), joint=True)
 
 
@@ -256,7 +256,7 @@ def test_an_optimization_goes_on_after_a_save_as_if_nothing_had_been(
     cut = loaded_server(tmp_path, training=stage)
     _, first = run_server(fabric, cut, batches[:2])
     prompt = cut.require_model()[1]
-    second = Optimization(*stage.build(prompt.parameters(), 10))
+    second = Optimization.of(stage, prompt.parameters(), 10)
     state: Any = decode_state(encode_state(first.state_dict()))
     second.load_state_dict(state)
     assert second.batches == 2
@@ -271,7 +271,7 @@ def test_a_run_that_is_given_more_rounds_goes_on_learning(tmp_path: Path, fabric
     batches = [text(seed=seed) for seed in range(4)]
     _, first = run_server(fabric, server, batches, total_steps=4)
     assert first.optimizer.param_groups[0]["lr"] == 0.0
-    second = Optimization(*stage.build(server.require_model()[1].parameters(), 8))
+    second = Optimization.of(stage, server.require_model()[1].parameters(), 8)
     second.load_state_dict(first.state_dict())
     train_server(fabric, server, second, batches[:1], seed=0, round_idx=1)
     assert second.optimizer.param_groups[0]["lr"] == pytest.approx(0.05 * (1 - 5 / 8))
@@ -437,7 +437,7 @@ def test_distillation_equals_a_loop_written_by_hand(tmp_path: Path, fabric: Fabr
         fabric,
         server,
         auxiliary,
-        Optimization(*spec.stage.build(auxiliary.trainable().values(), 3)),
+        Optimization.of(spec.stage, auxiliary.trainable().values(), 3),
         batches,
         seed=0,
         on_step=lambda step, loss: steps.append((step, float(loss))),
@@ -461,7 +461,7 @@ def test_distillation_draws_from_its_own_stream(tmp_path: Path, fabric: Fabric) 
         torch.manual_seed(global_seed)
         before = torch.get_rng_state()
         batches = [text(), text(seed=1)]
-        optimization = Optimization(*spec.stage.build(auxiliary.trainable().values(), 2))
+        optimization = Optimization.of(spec.stage, auxiliary.trainable().values(), 2)
         distill(fabric, server, auxiliary, optimization, batches, seed=seed)
         assert torch.equal(torch.get_rng_state(), before)
         states.append(list(auxiliary.state().values()))

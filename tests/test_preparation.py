@@ -152,7 +152,7 @@ def test_the_pool_holds_the_start_the_servers_own_rounds_and_texts(tmp_path: Pat
 
     prompt = server.require_model()[1]
     stage = server.training_stage
-    optimization = Optimization(*stage.build(prompt.parameters(), 2 * stage.steps))
+    optimization = Optimization.of(stage, prompt.parameters(), 2 * stage.steps)
     for round_idx in range(2):
         batches = data.server_dataloader(start_step=optimization.batches, num_steps=stage.batches)
         train_server(fabric, server, optimization, batches, seed=0, round_idx=round_idx)
@@ -220,5 +220,5 @@ def test_an_auxiliary_model_that_reads_prompts_otherwise_is_warned_of(
         prepared = prepare(tmp_path, "run", None, auxiliary=recipe)
         prepare(tmp_path, "run", None, auxiliary=recipe)
     assert prepared.after is not None
-    assert prepared.after.is_poor == poor
+    assert bool(prepared.after.shortcomings) == poor
     assert [str(it.message)[:31] for it in caught] == ["The auxiliary model is too poor"] * 2 * poor

@@ -44,7 +44,7 @@ def output(console: Console) -> str:
 
 def fake_trainer(run_dir: Path, *, rank_zero: bool = True, **options: Any) -> Any:
     history = SimpleNamespace(rounds=[], rounds_done=0, zero_shot={}, best=None)
-    folder = SimpleNamespace(path=run_dir, config=run_dir / "config.yaml")
+    folder = SimpleNamespace(path=run_dir, config=run_dir / "config.yaml", started_by="")
     names = ["numpy", "pandas"]
     defaults = {
         "fabric": SimpleNamespace(is_global_zero=rank_zero),

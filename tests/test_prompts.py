@@ -207,3 +207,12 @@ def test_completions_are_greedy_whatever_the_model_folder_says(tmp_path: Path) -
     backbone.model.generation_config.do_sample = True
     backbone.model.generation_config.temperature = 10.0
     assert server.predict_step(batch, 0, max_new_tokens=8) == expected
+
+
+def test_a_file_that_is_there_is_not_written_over(run: Path, tmp_path: Path) -> None:
+    """It may be the input itself."""
+    own = write_lines(tmp_path / "own.jsonl", [{"prompt": "1+1="}])
+    outcome = command("predict", "--config", run, "--input", own, "--output", own)
+    assert outcome.status == 1
+    assert f"`--output` must be a new file, got the file {own}, which exists" in outcome.err
+    assert read_lines(Path(own)) == [{"prompt": "1+1="}]

@@ -115,4 +115,4 @@ def test_it_is_poor_that_reads_prompts_otherwise_or_predicts_otherwise_behind_th
     alignment: float | None, divergence: float, poor: bool
 ) -> None:
     """Wanted: a cosine of 0.05 or more, a divergence of at most 0.6 of the global loss."""
-    assert Quality(6.0, 4.0, 0.1, 0.1, divergence, alignment).is_poor == poor
+    assert bool(Quality(6.0, 4.0, 0.1, 0.1, divergence, alignment).shortcomings) == poor

@@ -75,7 +75,7 @@ def told() -> list[str]:
 @pytest.fixture
 def make(link: Scripted, tmp_path: Path, told: list[str]) -> Callable[..., RemoteExecutor]:
     def make_executor(**patience: Any) -> RemoteExecutor:
-        deal = Deal(NAMES, HANDOUT, {"client": "a"}, participations=3)
+        deal = Deal(NAMES, HANDOUT, {"client": "a"}, dict.fromkeys(range(len(NAMES)), 3))
         waits = {"join_seconds": 60.0, "round_seconds": 100.0, **patience}
         ledger = Ledger(tmp_path / "ledger.jsonl")
         return RemoteExecutor(link, deal, ledger, Patience(**waits), told.append)

@@ -121,8 +121,8 @@ def test_costs_are_sums_over_the_rounds() -> None:
     ]
     rounds[0] |= {"client/tokens_per_second": 1500.0, "server/tokens_per_second": 20_000.0}
     rounds[1] |= {"client/tokens_per_second": 2500.0}
-    speed = ("speed", "client 2 000 tokens/s, server 20.0 k tokens/s")
-    assert cost_rows(rounds)[-1] == speed
+    speed = [("speed", "client 2 000 tokens/s"), ("", "server 20.0 k tokens/s")]
+    assert cost_rows(rounds)[-2:] == speed
     rounds[0]["round/rejected_updates"] = 2.0
     assert cost_rows(rounds)[-1] == ("rejected", "2 updates")
 
@@ -150,6 +150,14 @@ def test_commands_are_given_where_their_files_are(tmp_path: Path) -> None:
     folder.config.touch()
     commands = [command for _, command in next_commands(folder)]
     assert commands == [
+        f"fedsp validate --config '{tmp_path}/my run/config.yaml'",
+        f"fedsp predict --config '{tmp_path}/my run/config.yaml' --input FILE",
+        f"fedsp chat '{tmp_path}/my run'",
+    ], "no test split, and tuned weights that peft cannot read"
+    (folder.adapter / "adapter_config.json").touch()
+    folder.results.write_text('{"test": {}}')
+    commands = [command for _, command in next_commands(folder)]
+    assert commands == [
         f"fedsp test --config '{tmp_path}/my run/config.yaml'",
         f"fedsp predict --config '{tmp_path}/my run/config.yaml'",
         f"fedsp chat '{tmp_path}/my run'",
@@ -166,3 +174,5 @@ def test_the_resume_command_fits_how_the_run_was_started(has_config: bool, tmp_p
     else:
         expected = "trainer.fit(..., ckpt_path='last')"
     assert resume_command(folder) == expected
+    folder.started_by = "fedsp federation server acme/server"
+    assert resume_command(folder) == folder.started_by

@@ -9,6 +9,7 @@ import torch
 from fedsp.aggregation import StreamingMean
 from fedsp.auxiliary import SharedCell
 from fedsp.callbacks import FederatedCallback
+from fedsp.checkpoint import Checkpoints
 from fedsp.distillation import Distillation
 from fedsp.history import Evaluation
 from fedsp.recipes import OffsiteTuning, WholeModel
@@ -155,3 +156,26 @@ def test_the_best_round_is_what_is_exported(tmp_path: Path) -> None:
     assert torch.equal(
         import_adapter(tmp_path / "run" / "adapter"), trainer.history.best.payload["soft_prompt"]
     )
+
+
+def test_after_an_older_checkpoint_best_is_what_this_run_has_seen(tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    fit(tmp_path, run, num_rounds=4, keep_checkpoints=4)
+    older = str(run / "checkpoints" / "round-000002.safetensors")
+    resumed = fit(tmp_path, run, num_rounds=2, keep_checkpoints=4, ckpt_path=older)
+    best = resumed.history.best
+    assert best is not None
+    assert best.round_idx < 2
+    kept = Checkpoints(run / "checkpoints").load("best")
+    assert kept.round_idx == best.round_idx + 1
+    payload = kept.tree["federation"]["payload"]
+    assert torch.equal(payload["soft_prompt"], best.payload["soft_prompt"])
+
+
+def test_without_a_checkpoint_the_runs_own_first_prompt_is_measured(tmp_path: Path) -> None:
+    """Made of the server's text, as round -1 of the run was."""
+    trainer = fit(tmp_path, tmp_path / "run", num_rounds=0)
+    assert trainer.history.best is not None
+    parts = make_server(tmp_path), make_client(), make_data(tmp_path)
+    measured = make_trainer(tmp_path / "run").validate(*parts, ckpt_path=None)
+    assert measured["loss"] == trainer.history.best.value

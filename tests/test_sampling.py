@@ -1,8 +1,13 @@
 from collections import Counter
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 
-from fedsp.sampling import SingleClient, UniformSampler
+from fedsp.opening import participations
+from fedsp.sampling import ClientSampler, SingleClient, UniformSampler
+from tiny import make_trainer
 
 
 def test_every_client_takes_part_by_default() -> None:
@@ -47,3 +52,17 @@ def test_a_single_client_is_the_same_in_every_round_and_drawn_by_the_seed() -> N
 def test_a_single_client_must_be_one_of_them() -> None:
     with pytest.raises(ValueError, match=r"must be in \[0, 4\] for 5 clients, got 5"):
         SingleClient(5).cohort(5, seed=0, round_idx=0)
+
+
+@pytest.mark.parametrize("sampler", [SingleClient(1), SingleClient(), UniformSampler(2)])
+def test_participations_are_counted_client_by_client(
+    sampler: ClientSampler, tmp_path: Path
+) -> None:
+    trainer: Any = make_trainer(tmp_path, sampler=sampler, num_rounds=5)
+    trainer.data = SimpleNamespace(num_clients=4)
+    counted = participations(trainer)
+    for client_id in range(4):
+        taken = [client_id in sampler.cohort(4, seed=0, round_idx=idx) for idx in range(5)]
+        assert counted[client_id] == sum(taken)
+    if isinstance(sampler, SingleClient):
+        assert list(counted.values()) == [5], "it takes part in every round"

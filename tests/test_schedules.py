@@ -1,7 +1,14 @@
+from typing import Any
+
 import pytest
 import torch
+from torch import nn
+from torch.optim.lr_scheduler import CosineAnnealingLR, OneCycleLR
 
+from fedsp.phases import Optimization
 from fedsp.schedules import LinearWarmup
+from fedsp.stages import Stage
+from tiny import adamw
 
 
 def _rates(steps: int, **options: float) -> list[float]:
@@ -49,3 +56,40 @@ def test_a_resumed_schedule_goes_on_where_it_stopped() -> None:
             o.step()
             s.step()
         assert scheduler.get_last_lr() == resumed.get_last_lr()
+
+
+@pytest.mark.parametrize("length", [16, 4])
+@pytest.mark.parametrize(
+    "schedule",
+    [
+        LinearWarmup,
+        lambda optimizer, steps: CosineAnnealingLR(optimizer, steps),
+        lambda optimizer, steps: OneCycleLR(optimizer, 0.1, total_steps=steps),
+    ],
+)
+def test_a_run_of_another_length_has_the_rates_as_if_it_had_it_from_the_start(
+    schedule: Any, length: int
+) -> None:
+    """torch's own schedule of that length, stepped as often, is the oracle."""
+    stage = Stage(1, adamw(0.05), schedule)
+
+    def begun(total_steps: int, steps: int) -> Any:
+        begun: Any = Optimization.of(stage, [nn.Parameter(torch.ones(2))], total_steps)
+        for _ in range(steps):
+            begun.optimizer.param_groups[0]["params"][0].grad = torch.ones(2)
+            begun.optimizer.step()
+            begun.scheduler.step()
+        return begun
+
+    stopped, whole = begun(8, steps=3), begun(length, steps=3)
+    resumed = begun(length, steps=0)
+    resumed.load_state_dict(stopped.state_dict())
+    for _ in range(length - 3):
+        found, expected = resumed.optimizer.param_groups[0], whole.optimizer.param_groups[0]
+        assert found["lr"] == pytest.approx(expected["lr"], rel=1e-9)
+        assert found["betas"] == pytest.approx(expected["betas"])
+        for optimization in (resumed, whole):
+            optimization.optimizer.step()
+            optimization.scheduler.step()
+    moments = resumed.optimizer.state_dict()["state"][0]
+    assert moments["step"] == 3, "the moments are kept"

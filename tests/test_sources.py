@@ -179,3 +179,8 @@ def test_docstrings_of_no_package_are_an_error() -> None:
 )
 def test_real_files_have_the_stated_numbers_of_rows(name: str, num_rows: int) -> None:
     assert len(Files(str(SHARED / f"{name}.jsonl.gz")).load()) == num_rows
+
+
+def test_an_empty_cell_of_a_csv_file_is_null(tmp_path: Path) -> None:
+    rows = Files(write(tmp_path / "rows.csv", 'a,b\n1,\n2,""\n3,x\n')).load()
+    assert rows["b"] == [None, None, "x"]

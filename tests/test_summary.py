@@ -29,7 +29,7 @@ from fedsp.summary import (
     traffic_rows,
     trained_rows,
 )
-from tiny import fit, make_data, make_server
+from tiny import fit, make_client, make_data, make_server
 
 # GPT-2 with E = 32, V = 257, 64 positions, 4 layers of 12 E^2 + 13 E, and a final norm of 2 E
 LAYER = 12 * 32**2 + 13 * 32
@@ -159,9 +159,10 @@ def test_what_picks_the_best_round_is_named(trainer: Any) -> None:
 
 
 def test_the_summary_of_a_model_without_a_prompt_is_whole(tmp_path: Path) -> None:
-    server = make_server(tmp_path, soft_prompt=SoftPromptSpec(num_virtual_tokens=0))
+    options: Any = {"soft_prompt": SoftPromptSpec(0), "training": Stage(steps=0)}
+    server, client = make_server(tmp_path, **options), make_client(soft_prompt=Stage(steps=0))
     data = make_data(tmp_path)
-    trainer = fit(tmp_path, tmp_path / "run", server=server, data=data, num_rounds=0)
+    trainer = fit(tmp_path, tmp_path / "run", server=server, client=client, data=data, num_rounds=0)
     console = Console(width=80, record=True, quiet=False, file=(tmp_path / "out").open("w"))
     with console.file:
         console.print(start_summary(trainer))

@@ -1,5 +1,6 @@
 """How much of a step the server takes: as much as its own measurement bears out."""
 
+import math
 from collections.abc import Sequence
 from itertools import islice
 
@@ -79,7 +80,8 @@ class Acceptance:
             after: Where it would lead.
 
         Returns:
-            The chosen payload and its fraction of the step.
+            The chosen payload and its fraction of the step; `before` and 0 where no point has a
+            finite loss.
         """
         server.eval()
         points = []
@@ -88,6 +90,10 @@ class Acceptance:
             server.load_payload(payload)
             batches = islice(data.val_dataloader(), self.num_batches)
             loss = evaluate(fabric, server.validation_step, batches)["loss"]
-            points.append((loss, payload, fraction))
+            if math.isfinite(loss):
+                points.append((loss, payload, fraction))
+        # a step that diverged leads nowhere, not even at fraction 0: 0 * NaN is NaN
+        if not points:
+            return before, 0.0
         _, payload, fraction = min(points, key=lambda point: point[0])
         return payload, fraction

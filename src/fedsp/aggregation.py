@@ -20,6 +20,7 @@ from fedsp.robust import (
     num_trimmed,
     trimmed_mean,
 )
+from fedsp.stages import try_optimizer
 
 
 class Aggregator(ABC):
@@ -291,10 +292,7 @@ class ServerOptimizer:
             ValueError: If torch refuses its settings.
         """
         if optimizer is not None:
-            try:
-                optimizer([torch.nn.Parameter(torch.zeros(1))])
-            except (TypeError, ValueError) as error:
-                raise ValueError(f"`trainer.server_optimizer` cannot be built: {error}") from error
+            try_optimizer("trainer.server_optimizer", optimizer)
         self._factory = optimizer
         self._optimizer: torch.optim.Optimizer | None = None
         self._parameters: dict[str, torch.nn.Parameter] = {}

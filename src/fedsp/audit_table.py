@@ -47,6 +47,8 @@ def print_audit(report: AuditReport, console: Console) -> None:
     both = "" if report.agreed is None else f", {report.agreed} in both sides' ledgers"
     verdict = "all as declared" if report.passed else plural(len(report.findings), "finding")
     total = sum(flow.payloads for flow in report.flows)
+    if report.passed and not total:
+        verdict = "nothing has travelled yet"
     console.print(f"audit: {plural(total, 'payload')}{both}; {verdict}", soft_wrap=True)
 
 

@@ -44,6 +44,11 @@ def making_key(
     if spec.prompts is not None:
         facts["server"] = data.fingerprint("server") if data.num_examples("server") else None
         facts["training"] = describe_stage(server.training_stage)
+        facts["prompt_network"] = [
+            server.prompt_spec.dropout,
+            server.prompt_spec.reparameterization_size,
+            server.seed,
+        ]
     return cache_key(backbone, spec, facts)
 
 

@@ -87,9 +87,10 @@ class Layout:
         """Return the token ids of a prompt around what was typed.
 
         Args:
-            text: A line.
+            text: A line; backslash and n in it stand for the start of a new one.
             tokenizer: Tokenizer of the model.
         """
+        text = text.replace("\\n", "\n")
         if self._field is not None:
             return self._task.encode_prompts([{self._field: text}], tokenizer)[0]
         return leading_ids(tokenizer) + tokenizer(text, add_special_tokens=False)["input_ids"]

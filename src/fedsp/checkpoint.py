@@ -11,7 +11,7 @@ from typing import Any
 
 from fedsp.state_files import load_state, remove_temporary_files, save_state
 
-FORMAT_VERSION = 2
+FORMAT_VERSION = 3
 
 _NAME = "round-{:06d}.safetensors"
 _BEST = "best.safetensors"
@@ -74,7 +74,7 @@ class Checkpoints:
         rounds = self._rounds()
         older = [idx for idx in rounds if idx < state.round_idx]
         newer = [idx for idx in rounds if idx > state.round_idx]
-        for round_idx in newer + older[: len(older) - (self.keep - 1)]:
+        for round_idx in newer + older[: max(0, len(older) - (self.keep - 1))]:
             rounds[round_idx].unlink()
         return path
 
@@ -101,6 +101,10 @@ class Checkpoints:
         path = self.directory / _BEST
         self._write(path, RunState(round_idx, tree, config or {}))
         return path
+
+    def forget_best(self) -> None:
+        """Remove `best.safetensors`, if it is there."""
+        (self.directory / _BEST).unlink(missing_ok=True)
 
     def last(self) -> Path:
         """Newest file that can be read; warns of every newer one that cannot.

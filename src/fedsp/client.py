@@ -61,10 +61,13 @@ class ClientModule(LightningModule):
         """
         super().__init__()
         check_options("client.", 0, dropout, reparameterization_size)
-        if joint and auxiliary.batches != soft_prompt.batches:
+        lengths = [
+            (stage.steps, stage.accumulate_grad_batches) for stage in (auxiliary, soft_prompt)
+        ]
+        if joint and lengths[0] != lengths[1]:
             raise ValueError(
-                "`client.joint` needs as many steps and batches in `client.auxiliary` as in "
-                f"`client.soft_prompt`, got {auxiliary.steps} and {soft_prompt.steps} steps."
+                "`client.joint` needs the same `steps` and `accumulate_grad_batches` in "
+                f"`client.auxiliary` as in `client.soft_prompt`, got {lengths[0]} and {lengths[1]}."
             )
         if not proximal_weight >= 0:
             raise ValueError(f"`client.proximal_weight` must be at least 0, got {proximal_weight}.")

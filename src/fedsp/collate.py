@@ -10,8 +10,7 @@ from torch import Tensor
 
 from fedsp.choice_tree import OF_PROMPT
 from fedsp.examples import Example
-
-IGNORED_LABEL = -100
+from fedsp.vocabulary import IGNORED_LABEL
 
 
 def collate(examples: Sequence[Example], pad_id: int) -> dict[str, Tensor]:

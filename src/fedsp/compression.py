@@ -25,6 +25,7 @@ class _Wrapper(AuxiliaryRecipe):
     def __init__(self, recipe: AuxiliaryRecipe) -> None:
         super().__init__(recipe.train_embeddings)
         self.recipe = recipe
+        self.is_taught = recipe.is_taught
         self.knows_all_tokens = recipe.knows_all_tokens
         self.calibration_batches = recipe.calibration_batches
 
@@ -143,6 +144,7 @@ class LowRank(_Wrapper):
             )
         self.rank = rank
         self.calibration_batches = calibration_batches
+        self.is_taught = True
 
     def build(self, backbone: Backbone, token_counts: Tensor | None = None) -> Auxiliary:
         """Build the wrapped recipe's model and factorise it; see `AuxiliaryRecipe.build`."""

@@ -134,7 +134,8 @@ class Distillation:
         labels = student.own_labels(self._labels(batch))
         positions, targets, share = self._logit_positions(labels, generator, ranks)
         if not (self.logit_weight or self.lm_weight) or not targets.numel():
-            return total
+            # a batch that teaches nothing: a zero that can be differentiated all the same
+            return total if total.requires_grad else 0.0 * student_hidden[mask.bool()].float().sum()
         student_logits = student.logits(student_hidden[positions])
         if self.logit_weight:
             with torch.no_grad():

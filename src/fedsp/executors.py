@@ -2,7 +2,7 @@
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -101,7 +101,7 @@ class Simulation:
         ledger: Every payload is written down before it is handed on.
         contract: What a payload looks like on the wire.
         seed: The run's seed.
-        participations: How often a client takes part in the whole run.
+        participations: How often each client takes part in the whole run, by id.
     """
 
     fabric: Fabric
@@ -111,7 +111,7 @@ class Simulation:
     ledger: Ledger
     contract: Contract
     seed: int
-    participations: int
+    participations: Mapping[int, int]
 
 
 class InProcessExecutor(Executor):
@@ -168,8 +168,13 @@ class InProcessExecutor(Executor):
         def loader(start: int, num_batches: int) -> Batches:
             return shared.data.client_dataloader(client_id, start_step=start, num_steps=num_batches)
 
-        turn = ClientTurn(client_id, round_idx, shared.seed, shared.participations, loader)
+        turn = ClientTurn(
+            client_id, round_idx, shared.seed, shared.participations[client_id], loader
+        )
         results, training = train_client(shared.fabric, client, kept["training"], turn)
+        if client.privacy is not None:
+            # before any noise is drawn: what a kill keeps from being sent is paid for all the same
+            shared.store.count_answer(client_id)
         update = client.update(client_id, shared.data.client_num_examples(client_id))
         update, residual = self._compensated(update, kept.get("residual", {}))
         state = {"model": client.private_state(), "training": training}
@@ -179,8 +184,6 @@ class InProcessExecutor(Executor):
         # after the last loss
         if results and _is_finite([losses, state]):
             shared.store.put(client_id, round_idx, state)
-        if client.privacy is not None:
-            shared.store.count_answer(client_id)
         data = encode(update, shared.contract.wire_dtype)
         check_sent(data, shared.contract, round_idx=round_idx, client_id=client_id)
         return Reply(client_id, data, results)

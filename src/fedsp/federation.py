@@ -139,7 +139,7 @@ class Federation:
         """Return a fresh optimizer and schedule for a server's own steps over the whole run."""
         stage = server.training_stage
         total_steps = stage.steps * self.num_rounds
-        return Optimization(*stage.build(server.tuned_parameters(), total_steps))
+        return Optimization.of(stage, server.tuned_parameters(), total_steps)
 
     def collect(
         self, round_idx: int, cohort: Sequence[int], call: Callable[..., None]
@@ -188,6 +188,7 @@ class Federation:
             else:
                 aggregator.add(update)
                 call("on_update_accepted", round_idx, reply.client_id, update.payload, reference)
+        seconds = time.perf_counter() - started
         accepted: dict[str, float] = {}
         if answers - rejected >= self.rules.fewest_updates:
             # what rounding for the wire took off the payload is no client's doing: it stays
@@ -203,7 +204,7 @@ class Federation:
         return {
             "round/clients": float(len(replies)),
             "round/rejected_updates": float(rejected),
-            "round/client_seconds": time.perf_counter() - started,
+            "round/client_seconds": seconds,
             **accepted,
             **self.executor.metrics(),
             **(self.rules.privacy.metrics() if self.rules.privacy is not None else {}),

@@ -4,6 +4,7 @@ Whatever can be wrong with the settings is found here, before the run's folder e
 """
 
 import warnings
+from collections import Counter
 from collections.abc import Sequence
 from typing import Any
 
@@ -142,8 +143,19 @@ def check_trainer(trainer: Any, client: ClientModule) -> None:
             "`data.clients` is null: the data is with the parties of a live federation, which "
             "`fedsp federation server` runs. Give a source to simulate the clients here."
         )
+    if client.joint and trainer.precision == "16-mixed":
+        raise ValueError(
+            "`client.joint` needs `trainer.precision` 32-true or bf16-mixed, got '16-mixed': two "
+            "optimizers would share one loss scale, which the first would change for the second."
+        )
     cohort = trainer.cohort(0)
     trainer.rules.aggregator.check(len(cohort))
+    fewest = trainer.rules.communication.min_updates
+    if 0 < len(cohort) < fewest:
+        raise ValueError(
+            "`trainer.communication.min_updates` must be at most the number of clients of a round, "
+            f"{len(cohort)}, got {fewest}: no update would ever be taken."
+        )
     if trainer.rules.acceptance is not None:
         trainer.rules.acceptance.check(data)
     _check_privacy(trainer, client, len(cohort))
@@ -236,6 +248,19 @@ def _check_method(
             "needs `model.training.steps` above 0, and `data.server` or `data.pool_clients: true`."
         )
     recipe, distillation = server.auxiliary_recipe, server.initial_distillation
+    first, second = (client.stages[name].steps for name in ("auxiliary", "soft_prompt"))
+    trains = server.training_stage.steps or (cohort and second)
+    if trains and not server.prompt_spec.num_virtual_tokens and server.tuned_weights is None:
+        raise ValueError(
+            "`model.soft_prompt.num_virtual_tokens` is 0 and `model.tuned_weights` null: there is "
+            "nothing to train. Set one of them, or `model.training.steps` and "
+            "`client.soft_prompt.steps` to 0."
+        )
+    if cohort and first and server.tuned_weights is not None and server.tuned_weights.takes_all:
+        raise ValueError(
+            "`client.auxiliary.steps` must be 0 for `model.tuned_weights` "
+            f"{type(server.tuned_weights).__name__}, got {first}: the second stage trains them all."
+        )
     if distillation and distillation.prompts and not server.prompt_spec.num_virtual_tokens:
         raise ValueError(
             "`model.initial_distillation.prompts` teaches to read prompts, and "
@@ -250,7 +275,7 @@ def _check_method(
     if recipe.is_taught:
         return
     for option, steps in (
-        ("client.auxiliary.steps", client.stages["auxiliary"].steps),
+        ("client.auxiliary.steps", first),
         ("model.initial_distillation.stage.steps", distillation.stage.steps if distillation else 0),
     ):
         if steps:
@@ -276,9 +301,10 @@ def install(trainer: Any, client: ClientModule, auxiliary: Auxiliary) -> None:
     trainer.fabric.to_device(client)
 
 
-def participations(trainer: Any) -> int:
-    """Return how often a client takes part in the whole run, rounded up."""
-    return -(-trainer.num_rounds * len(trainer.cohort(0)) // trainer.data.num_clients)
+def participations(trainer: Any) -> Counter[int]:
+    """Return how often each client takes part in the whole run: its schedules are as long."""
+    rounds = range(trainer.num_rounds)
+    return Counter(client_id for idx in rounds for client_id in trainer.cohort(idx))
 
 
 def simulate(trainer: Any, client: ClientModule, auxiliary: Auxiliary) -> Executor:

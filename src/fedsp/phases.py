@@ -5,6 +5,7 @@ A phase trains what it is given; it chooses no client, logs nothing and saves no
 
 import math
 import time
+import warnings
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, cast
@@ -13,6 +14,7 @@ import torch
 from lightning.fabric import Fabric
 from lightning.fabric.wrappers import _FabricOptimizer
 from torch import Tensor, nn
+from torch.nn import Parameter
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
@@ -48,11 +50,24 @@ class StageResult:
 
 @dataclass
 class Optimization:
-    """An optimizer, its schedule and how many batches of the stream they have used."""
+    """An optimizer, its schedule and how many batches of the stream they have used.
+
+    Args:
+        optimizer: With the parameters of a stage.
+        scheduler: None keeps the learning rate.
+        total_steps: Optimizer steps of the whole run: the schedule's length.
+        batches: Used so far.
+    """
 
     optimizer: Optimizer
     scheduler: LRScheduler | None
+    total_steps: int
     batches: int = 0
+
+    @classmethod
+    def of(cls, stage: Stage, parameters: Iterable[Parameter], total_steps: int) -> "Optimization":
+        """Begin a stage's optimization; see `Stage.build`."""
+        return cls(*stage.build(parameters, total_steps), total_steps)
 
     def state_dict(self) -> dict[str, Any]:
         """Return the state of all three."""
@@ -60,15 +75,33 @@ class Optimization:
         return {
             "optimizer": self.optimizer.state_dict(),
             "scheduler": scheduler,
+            "total_steps": self.total_steps,
             "batches": self.batches,
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Restore what `state_dict` returned."""
-        self.optimizer.load_state_dict(state["optimizer"])
-        if self.scheduler is not None:
-            self.scheduler.load_state_dict(state["scheduler"])
+        """Restore what `state_dict` returned; a schedule of another length goes on by its own."""
+        if self.scheduler is None or state["total_steps"] == self.total_steps:
+            self.optimizer.load_state_dict(state["optimizer"])
+            if self.scheduler is not None:
+                self.scheduler.load_state_dict(state["scheduler"])
+        else:
+            # the run was made longer or shorter: rates as if it had had this length all along
+            _forward(self.scheduler, min(state["scheduler"]["last_epoch"], self.total_steps))
+            groups = self.optimizer.param_groups
+            settings = [{k: v for k, v in group.items() if k != "params"} for group in groups]
+            self.optimizer.load_state_dict(state["optimizer"])
+            for group, values in zip(self.optimizer.param_groups, settings, strict=True):
+                group.update(values)
         self.batches = state["batches"]
+
+
+def _forward(scheduler: LRScheduler, steps: int) -> None:
+    """Step a fresh schedule; the optimizer stands still, which torch would warn of."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", r"Detected call of `lr_scheduler.step\(\)`")
+        for _ in range(steps):
+            scheduler.step()
 
 
 def _optimize(
@@ -209,7 +242,7 @@ def _resume(
     """Build a stage's optimizer and schedule, or go on with those of the last participation."""
     stage = client.stages[name]
     parameters = client.stage_parameters(name).values()
-    optimization = Optimization(*stage.build(parameters, stage.steps * turn.participations))
+    optimization = Optimization.of(stage, parameters, stage.steps * turn.participations)
     if name in kept:
         optimization.load_state_dict(kept[name])
     return optimization

@@ -88,7 +88,7 @@ def make_plan(trainer: Any, client: ClientModule) -> Plan:
     costs = Costs(
         quality_bytes,
         distillation,
-        rehearse_client(trainer, client, trainer.cohort(0), participations(trainer)),
+        rehearse_client(trainer, client, participations(trainer)),
         rehearse_server(trainer),
         {split: rehearse_evaluation(trainer, split) for split in ("selection", "test")},
     )

@@ -22,11 +22,12 @@ def check_output(path: str) -> Path:
         The file, which may not exist yet.
 
     Raises:
-        ValueError: If it is a folder.
+        ValueError: If it is there already: what it holds may be somebody's data.
     """
     file = Path(path).expanduser()
-    if file.is_dir():
-        raise ValueError(f"`--output` must be a file, got the folder {file}.")
+    if file.exists():
+        kind = "folder" if file.is_dir() else "file"
+        raise ValueError(f"`--output` must be a new file, got the {kind} {file}, which exists.")
     return file
 
 

@@ -25,8 +25,6 @@ from fedsp.gathering import gathered
 from fedsp.phases import Optimization, distill, train_server
 from fedsp.prompt_pool import PromptPool
 from fedsp.quality import (
-    POOR_ALIGNMENT,
-    POOR_DIVERGENCE,
     QUALITY_BATCHES,
     Quality,
     measure_quality,
@@ -209,7 +207,7 @@ def _teach(
         prompts = fill_pool(fabric, server, data, spec.prompts, trainer.seed)
     trainer.call("on_distillation_start", stage.steps)
     accumulate = stage.accumulate_grad_batches
-    optimization = Optimization(*stage.build(auxiliary.trainable().values(), stage.steps))
+    optimization = Optimization.of(stage, auxiliary.trainable().values(), stage.steps)
     ranks = Ranks(fabric)
     state = find_state(ranks, unfinished, key)
     if state is not None:
@@ -262,7 +260,7 @@ def fill_pool(
         twin = server.twin()
         fabric.to_device(twin)
         own = twin.require_model()[1]
-        optimization = Optimization(*stage.build(own.parameters(), stage.steps * spec.rounds))
+        optimization = Optimization.of(stage, own.parameters(), stage.steps * spec.rounds)
         for round_idx in range(spec.rounds):
             batches = data.server_dataloader(
                 start_step=optimization.batches, num_steps=stage.batches
@@ -295,15 +293,12 @@ def _measure(
 
 
 def _warn_if_poor(quality: Quality | None) -> None:
-    if quality is not None and quality.is_poor:
+    if quality is not None and quality.shortcomings:
         warnings.warn(
             "The auxiliary model is too poor to be useful: prompts tuned on it will hardly help, "
-            "or harm. Behind the initial prompt it has an alignment of "
-            f"{quality.alignment:.2f} (wanted: {POOR_ALIGNMENT} or more) and a KL divergence of "
-            f"{quality.prompted_divergence:.2f} nats (wanted: at most "
-            f"{POOR_DIVERGENCE * quality.global_lm_loss:.2f}). Raise "
-            "`model.initial_distillation.stage.steps`, or choose a larger `model.auxiliary`; see "
-            "docs/what-makes-it-work.md.",
+            f"or harm. Behind the initial prompt it has {' and '.join(quality.shortcomings)}. "
+            "Raise `model.initial_distillation.stage.steps`, or choose a larger "
+            "`model.auxiliary`; see docs/what-makes-it-work.md.",
             stacklevel=3,
         )
 

@@ -48,17 +48,20 @@ class Quality:
     alignment: float | None
 
     @property
-    def is_poor(self) -> bool:
-        """Whether prompts tuned on it are not to be expected to help the global model.
+    def shortcomings(self) -> list[str]:
+        """Why prompts tuned on it will hardly help the global model; empty if nothing is known.
 
         The thresholds are measured: docs/what-makes-it-work.md.
         """
         if self.alignment is None:
-            return False
-        return (
-            not self.alignment >= POOR_ALIGNMENT
-            or not self.prompted_divergence <= POOR_DIVERGENCE * self.global_lm_loss
-        )
+            return []
+        found, most = [], POOR_DIVERGENCE * self.global_lm_loss
+        if not self.alignment >= POOR_ALIGNMENT:
+            found.append(f"an alignment of {self.alignment:.3f} (wanted: {POOR_ALIGNMENT} or more)")
+        if not self.prompted_divergence <= most:
+            text = f"a KL divergence of {self.prompted_divergence:.2f} nats"
+            found.append(f"{text} (wanted: at most {most:.2f})")
+        return found
 
 
 @torch.no_grad()

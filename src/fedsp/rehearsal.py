@@ -5,7 +5,7 @@ figures is decided elsewhere.
 """
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any
@@ -16,7 +16,6 @@ from torch.utils.data import DataLoader
 
 from fedsp.auxiliary import Auxiliary
 from fedsp.client import ClientModule
-from fedsp.collate import IGNORED_LABEL
 from fedsp.evaluation_loops import evaluate
 from fedsp.memory_probe import LiveTensors, tensor_bytes
 from fedsp.messages import ServerBroadcast
@@ -31,6 +30,7 @@ from fedsp.phases import (
 from fedsp.quality import QUALITY_BATCHES, measure_quality
 from fedsp.stages import Stage
 from fedsp.state_files import decode_state, encode_state
+from fedsp.vocabulary import IGNORED_LABEL
 
 TIMED_STEPS = 2
 # so many batches of a stream tell what its mean and its largest batch are
@@ -132,7 +132,7 @@ def rehearse_distillation(trainer: Any, auxiliary: Auxiliary) -> Cost | None:
         return None
     server.initial_distillation = replace(spec, stage=_single(spec.stage))
     stage = server.initial_distillation.stage
-    optimization = Optimization(*stage.build(auxiliary.trainable().values(), stage.steps))
+    optimization = Optimization.of(stage, auxiliary.trainable().values(), stage.steps)
     prompts = [server.require_model()[1].prefix()]
 
     def work(batches: Batches) -> None:
@@ -151,16 +151,16 @@ def rehearse_distillation(trainer: Any, auxiliary: Auxiliary) -> Cost | None:
 
 
 def rehearse_client(
-    trainer: Any, client: ClientModule, cohort: Sequence[int], participations: int
+    trainer: Any, client: ClientModule, participations: Mapping[int, int]
 ) -> ClientCost:
     """Let a client work through a few steps of each of its stages.
 
     Args:
         trainer: Gives Fabric, server, data and seed.
         client: With its auxiliary model installed.
-        cohort: Clients of the first round.
-        participations: How often a client takes part in the whole run.
+        participations: How often each client takes part in the whole run, by id.
     """
+    cohort = trainer.cohort(0)
     if not cohort:
         return ClientCost()
     client.receive(ServerBroadcast(0, trainer.server.payload()))
@@ -175,9 +175,8 @@ def rehearse_client(
         client.stages = {
             name: replace(_single(stage), steps=steps[name]) for name, stage in stages.items()
         }
-        turn = ClientTurn(
-            cohort[0], 0, trainer.seed, participations + _ALL_STEPS, lambda start, count: given
-        )
+        times = participations[cohort[0]] + _ALL_STEPS
+        turn = ClientTurn(cohort[0], 0, trainer.seed, times, lambda start, count: given)
         _, kept = train_client(trainer.fabric, client, kept, turn)
 
     for names in client.passes:
@@ -210,7 +209,7 @@ def rehearse_server(trainer: Any) -> Cost | None:
         return None
     server.training_stage = _single(stage)
     total_steps = stage.steps * trainer.num_rounds + _ALL_STEPS
-    optimization = Optimization(*stage.build(server.tuned_parameters(), total_steps))
+    optimization = Optimization.of(stage, server.tuned_parameters(), total_steps)
 
     def work(batches: Batches) -> None:
         options = {"seed": trainer.seed, "round_idx": 0}

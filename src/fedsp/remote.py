@@ -5,7 +5,7 @@ It knows who is there, whom it asked and how long it waits; nothing of networks.
 
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any, Protocol
@@ -66,13 +66,13 @@ class Deal:
         parties: Names, in the order of the client ids.
         handout: The encoded auxiliary model.
         terms: Checksums of the settings that both sides must share.
-        participations: How often a client takes part in the whole run.
+        participations: How often each client takes part in the whole run, by id.
     """
 
     parties: Sequence[str]
     handout: bytes
     terms: dict[str, str]
-    participations: int
+    participations: Mapping[int, int]
 
 
 class RemoteExecutor(Executor):
@@ -200,7 +200,7 @@ class RemoteExecutor(Executor):
             kind="round",
             round_idx=round_idx,
             client_id=client_id,
-            participations=self.deal.participations,
+            participations=self.deal.participations[client_id],
             terms=self.deal.terms,
             handout_sha256=self._handout_digest[-1],
             handout=handout,

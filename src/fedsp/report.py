@@ -3,6 +3,7 @@
 Only reads what the trainer holds; when and where it is printed is not known here.
 """
 
+import json
 import math
 import shlex
 import statistics
@@ -129,8 +130,8 @@ def cost_rows(rounds: list[dict[str, float]]) -> Rows:
         ("traffic", f"{up} up, {down} down with the hand-out"),
     ]
     speeds = [speed_text(rounds, who) for who in ("client", "server", "evaluation")]
-    if any(speeds):
-        rows.append(("speed", ", ".join(speed for speed in speeds if speed)))
+    # a line each: a table would break a long one inside a number
+    rows += zip(("speed", "", ""), filter(None, speeds), strict=False)
     if total["round/rejected_updates"]:
         rows.append(("rejected", plural(int(total["round/rejected_updates"]), "update")))
     return rows
@@ -188,7 +189,7 @@ def file_rows(folder: Any) -> Rows:
     """
     places = {
         "checkpoints": folder.checkpoints,
-        "adapter": folder.adapter,
+        "adapter" if _is_peft(folder) else "weights": folder.adapter,
         "ledger": folder.ledger,
         "logs": folder.metrics,
         "tensorboard": folder.path / "tensorboard",
@@ -216,13 +217,21 @@ def next_commands(folder: Any) -> Rows:
     commands = []
     if folder.config.exists():
         config = shlex.quote(str(folder.config))
-        commands.append(("measure the best prompt again", f"fedsp test --config {config}"))
-        commands.append(("let it write", f"fedsp predict --config {config}"))
+        results = json.loads(folder.results.read_text()) if folder.results.exists() else {}
+        tested = "test" in results
+        measure, rows = ("test", "") if tested else ("validate", " --input FILE")
+        commands.append(("measure the best prompt again", f"fedsp {measure} --config {config}"))
+        commands.append(("let it write", f"fedsp predict --config {config}{rows}"))
         commands.append(("talk to it", f"fedsp chat {shlex.quote(str(folder.path))}"))
-    if folder.adapter.exists():
+    if _is_peft(folder):
         call = f"peft.PeftModel.from_pretrained(model, {str(folder.adapter)!r})"
         commands.append(("use it in Python", call))
     return commands
+
+
+def _is_peft(folder: Any) -> bool:
+    """Whether the export is an adapter that peft reads, and not the tuned weights alone."""
+    return bool((folder.adapter / "adapter_config.json").exists())
 
 
 def resume_command(folder: Any) -> str:
@@ -231,6 +240,8 @@ def resume_command(folder: Any) -> str:
     Args:
         folder: The run's `RunFolder`.
     """
+    if folder.started_by:
+        return str(folder.started_by)
     if not folder.config.exists():
         return "trainer.fit(..., ckpt_path='last')"
     return f"fedsp fit --config {shlex.quote(str(folder.config))} --ckpt_path last"

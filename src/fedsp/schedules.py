@@ -1,7 +1,5 @@
 """Learning-rate schedules beside those of `torch.optim.lr_scheduler`."""
 
-from typing import Any
-
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 
@@ -48,10 +46,3 @@ class LinearWarmup(LambdaLR):
         decay_steps = max(1, self.num_training_steps - self.warmup_steps)
         progress = min(1.0, (step - self.warmup_steps) / decay_steps)
         return 1.0 - (1.0 - self.final_fraction) * progress
-
-    def state_dict(self) -> dict[str, Any]:
-        """Return how far it has come; its length is the run's, which may go on for more rounds."""
-        state = super().state_dict()
-        for name in ("num_training_steps", "warmup_steps", "final_fraction"):
-            del state[name]
-        return state

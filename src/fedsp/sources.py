@@ -298,7 +298,8 @@ def _csv_rows(path: Path, text: str) -> Iterator[Row]:
                     f"Data file {path}, line {reader.line_num}: {len(header)} fields are wanted as "
                     f"in line 1, got {len(fields)}."
                 )
-            yield dict(zip(header, fields, strict=True))
+            # an empty cell is how CSV writes null
+            yield {name: cell or None for name, cell in zip(header, fields, strict=True)}
     except csv.Error as error:
         raise ValueError(
             f"Data file {path}, line {reader.line_num}: malformed CSV: {error}."

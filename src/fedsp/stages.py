@@ -87,11 +87,35 @@ def try_out(stages: Mapping[str, Stage | None]) -> None:
     for option, stage in stages.items():
         if stage is None:
             continue
-        part = "optimizer"
+        optimizer = try_optimizer(f"{option}.optimizer", stage.optimizer)
         try:
-            optimizer = stage.optimizer([Parameter(zeros(1))])
-            part = "lr_scheduler"
             if stage.lr_scheduler is not None:
                 stage.lr_scheduler(optimizer, max(1, stage.steps))
         except (TypeError, ValueError) as error:
-            raise ValueError(f"`{option}.{part}` cannot be built: {error}") from error
+            raise ValueError(f"`{option}.lr_scheduler` cannot be built: {error}") from error
+
+
+def try_optimizer(option: str, make: OptimizerCallable) -> Optimizer:
+    """Build an optimizer for one number and step it once.
+
+    Args:
+        option: Which one, as the user typed it.
+        make: Called with a list of parameters.
+
+    Raises:
+        ValueError: If torch refuses its settings, or it needs more than a dense gradient to step.
+    """
+    parameter = Parameter(zeros(1, 1))
+    try:
+        optimizer = make([parameter])
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"`{option}` cannot be built: {error}") from error
+    parameter.grad = zeros(1, 1)
+    try:
+        optimizer.step()
+    except (TypeError, RuntimeError) as error:
+        raise ValueError(
+            f"`{option}` must step on dense gradients and without a closure, got "
+            f"{type(optimizer).__name__}: {error}"
+        ) from error
+    return make([parameter])

@@ -104,10 +104,13 @@ def trained_rows(trainer: Any) -> Rows:
         )
         for stage in ("auxiliary", "soft_prompt")
     }
+    server = trainer.server
+    tuned = [("prompt", server.tunes_prompt), ("weights", server.tuned_weights is not None)]
+    label = " and ".join(name for name, is_tuned in tuned if is_tuned) or "prompt"
     return [
         ("client", f"auxiliary: {on_client['auxiliary']}"),
-        ("", f"prompt: {on_client['soft_prompt']}"),
-        ("server", f"prompt: {on_server}"),
+        ("", f"{label}: {on_client['soft_prompt']}"),
+        ("server", f"{label}: {on_server}"),
     ]
 
 

@@ -223,7 +223,7 @@ class FederatedTrainer:
     def _can_pay(self, round_idx: int) -> bool:
         """Whether a round stays within the privacy budget."""
         privacy = self.rules.privacy
-        return privacy is None or privacy.affords(self.cohort(round_idx))
+        return privacy is None or privacy.affords(round_idx, self.cohort(round_idx))
 
     def cohort(self, round_idx: int) -> list[int]:
         """Return the clients of a round."""
@@ -251,12 +251,8 @@ class FederatedTrainer:
             return {}
         measured = self.measure(self.server, "selection")
         metrics = {f"server/val_{name}": value for name, value in measured.items()}
-        payload = self.server.payload()
-        if self.history.offer(round_idx, metrics, payload):
-            tree = {"federation": {"payload": payload}, "metrics": metrics}
-            self.write(
-                self.checkpoints.save_best, tree, round_idx=round_idx + 1, config=self.config
-            )
+        if self.history.offer(round_idx, metrics, self.server.payload()):
+            self._save_best()
         return metrics
 
     def plan(
@@ -370,7 +366,8 @@ class FederatedTrainer:
             max_new_tokens: Longest completion in tokens, at least 1.
             input: File of rows (.jsonl, .csv, .parquet) that have the fields of the task's prompt;
                 null takes the test split.
-            output: File to write; null writes `predictions.jsonl` in the run folder.
+            output: New file to write; null writes `predictions.jsonl` in the run folder, in
+                place of an older one.
         """
         model.check_whole("`fedsp predict`")
         path = check_output(output) if output else self.folder.predictions
@@ -429,8 +426,8 @@ class FederatedTrainer:
     ) -> None:
         """Load the global model with a run's prompt; of the data only tokenizer and limits."""
         payload = self._payload_of(ckpt_path)
-        if model.deploy_auxiliary:
-            # its vocabulary may be counted on the data
+        if model.deploy_auxiliary or payload is None:
+            # a vocabulary may be counted on the data, and the first prompt be made of it
             self._set_up(model, datamodule, "predict")
         else:
             self.server = model
@@ -498,6 +495,8 @@ class FederatedTrainer:
             self._save()
         else:
             restore(self, state.tree)
+            # after an older checkpoint the file may be of a round that this run has not seen
+            self._save_best()
             self.tracker.replay(self.history.rounds)
 
     def _measure_start(self) -> None:
@@ -555,6 +554,16 @@ class FederatedTrainer:
         self.federation.executor.commit()
         self.call("on_checkpoint_saved", self.checkpoints.path(rounds_done))
 
+    def _save_best(self) -> None:
+        best = self.history.best
+        if best is None:
+            self.write(self.checkpoints.forget_best)
+            return
+        tree = {"federation": {"payload": best.payload}}
+        self.write(
+            self.checkpoints.save_best, tree, round_idx=best.round_idx + 1, config=self.config
+        )
+
     def _resume_state(self, ckpt_path: str | None) -> RunState | None:
         if ckpt_path is None:
             return None
@@ -562,6 +571,11 @@ class FederatedTrainer:
             # killed before the first checkpoint: nothing of worth was lost, start anew in the same
             # folder
             return None
+        if ckpt_path == "best":
+            raise ValueError(
+                "`ckpt_path` must be last or a file round-*.safetensors for `fedsp fit`, got best: "
+                "it holds the best round's prompt, not what a run goes on with."
+            )
         config = self.config or None
         return self.checkpoints.load(ckpt_path, config=config, ignore=RESUME_IGNORES)
 
@@ -576,6 +590,9 @@ class FederatedTrainer:
         if self.server.deploy_auxiliary:
             made = handed_out(self.fabric, self.server, self.data, self.folder.auxiliary)
             auxiliary = made.auxiliary
+        if payload is None:
+            num_tokens = self.server.prompt_spec.num_virtual_tokens
+            self.server.initialize_prompt(self.data.sample_ids(num_tokens))
         self.server.start_tuning(auxiliary)
         if payload is not None:
             self.server.load_payload(payload)

@@ -22,7 +22,12 @@ Weights = dict[str, Parameter]
 
 
 class TunedWeights(ABC):
-    """Which weights are tuned and travel."""
+    """Which weights are tuned and travel.
+
+    `takes_all` is True where a client's first stage has nothing left to train.
+    """
+
+    takes_all = False
 
     @abstractmethod
     def select(self, backbone: Backbone, sources: Sequence[int], seed: int) -> Weights:
@@ -187,6 +192,8 @@ class AllWeights(TunedWeights):
 
     Source: McMahan et al. 2017, arXiv 1602.05629.
     """
+
+    takes_all = True
 
     def select(self, backbone: Backbone, sources: Sequence[int], seed: int) -> Weights:
         """Return the model's parameters by name, each once; see `TunedWeights.select`."""
