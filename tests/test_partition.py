@@ -188,9 +188,16 @@ def test_a_fraction_out_of_range_is_refused(fraction: float, dataset: Dataset) -
         carve(dataset, {"test": fraction}, stratify_by=None, seed=0)
 
 
-@pytest.mark.parametrize("size", [0, -3, 0.001])
-def test_a_split_of_no_rows_is_refused(size: float, dataset: Dataset) -> None:
-    with pytest.raises(ValueError, match=r"`data\.server`=\S+ of `data\.clients` with 100 rows is"):
+@pytest.mark.parametrize(
+    ("size", "message"),
+    [
+        (0, r"`data\.server` must be a number of rows of at least 1, .*, got 0"),
+        (-3, r"`data\.server` must be a number of rows of at least 1, .*, got -3"),
+        (0.001, r"`data\.server`=0.001 of `data\.clients` with 100 rows is"),
+    ],
+)
+def test_a_split_of_no_rows_is_refused(size: float, message: str, dataset: Dataset) -> None:
+    with pytest.raises(ValueError, match=message):
         carve(dataset, {"server": size}, stratify_by=None, seed=0)
 
 

@@ -316,6 +316,11 @@ def _count(name: str, size: int | float, num_rows: int) -> int:
         count = round(size * num_rows)
     else:
         count = size
+        if count < 1:
+            raise ValueError(
+                f"`data.{name}` must be a number of rows of at least 1, a fraction in (0, 1), a "
+                f"source or null, got {size}."
+            )
     if count < 1:
         raise ValueError(
             f"`data.{name}`={size} of `data.clients` with {num_rows} rows is no row at all. Raise "

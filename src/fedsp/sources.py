@@ -8,7 +8,6 @@ import gzip
 import hashlib
 import io
 import json
-import tempfile
 import zlib
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
@@ -18,6 +17,7 @@ from typing import Any
 
 import datasets
 from datasets import Dataset
+from pyarrow.parquet import ParquetFile
 
 from fedsp.docstrings import read_docstrings
 from fedsp.layouts import Layout
@@ -307,10 +307,9 @@ def _csv_rows(path: Path, text: str) -> Iterator[Row]:
 
 
 def _read_parquet(path: Path) -> list[Row]:
-    with tempfile.TemporaryDirectory() as folder:
-        try:
-            dataset = Dataset.from_parquet(str(path), cache_dir=folder, keep_in_memory=True)
-        except (OSError, ValueError, datasets.exceptions.DatasetsError) as error:
-            reason = error.__cause__ or error
-            raise ValueError(f"Data file {path} is no readable Parquet file: {reason}.") from error
-        return list(dataset)
+    try:
+        with ParquetFile(path) as file:
+            rows: list[Row] = file.read().to_pylist()
+    except (OSError, ValueError) as error:  # Arrow's own are of these
+        raise ValueError(f"Data file {path} is no readable Parquet file: {error}.") from error
+    return rows
