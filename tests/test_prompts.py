@@ -154,7 +154,7 @@ def test_a_prompt_that_just_fits_is_completed(tmp_path: Path, run: Path) -> None
     [
         (["--input", "no-such.jsonl"], "`--input`: Data file no-such.jsonl does not exist"),
         (["--input", "rows.txt"], "`--input`: Data file rows.txt must end in .jsonl"),
-        (["--output", "."], "`--output` must be a file, got the folder ."),
+        (["--output", "."], "`--output` must be a new file, got the folder ."),
         (
             ["--max_new_tokens", 0, "--input", "rows"],
             "`--max_new_tokens` must be at least 1, got 0",
