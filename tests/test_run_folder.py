@@ -103,7 +103,8 @@ def test_without_a_configuration_none_is_written(tmp_path: Path) -> None:
 
 def test_every_file_has_a_place_of_its_own_in_the_folder(tmp_path: Path) -> None:
     folder = RunFolder(tmp_path / "run")
-    places = [value for value in vars(folder).values() if value != folder.path]
+    values = vars(folder).values()
+    places = [it for it in values if isinstance(it, Path) and it != folder.path]
     assert len(set(places)) == len(places)
     assert all(folder.path in place.parents for place in places)
 

@@ -1,6 +1,8 @@
 """A federation small enough for tests: a random-weight GPT-2 and sums as questions."""
 
 import json
+import tempfile
+from contextlib import suppress
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -67,9 +69,16 @@ def write_rows(path: Path, count: int = 120) -> str:
 
 @cache
 def files(folder: Path) -> tuple[str, str]:
-    """Tokenizer folder and data file, written once a folder."""
+    """Tokenizer folder and data file, written once a folder, whatever processes share it."""
+    tokenizer, rows = folder / "tokenizer", folder / "rows.jsonl"
     folder.mkdir(parents=True, exist_ok=True)
-    return write_tokenizer(folder / "tokenizer"), write_rows(folder / "rows.jsonl")
+    with tempfile.TemporaryDirectory(dir=folder) as made:
+        if not tokenizer.exists():
+            with suppress(OSError):  # another process was faster
+                Path(write_tokenizer(Path(made, "tokenizer"))).rename(tokenizer)
+        if not rows.exists():
+            Path(write_rows(Path(made, "rows.jsonl"))).replace(rows)
+    return str(tokenizer), str(rows)
 
 
 def adamw(lr: float) -> Any:

@@ -156,6 +156,14 @@ def check_trainer(trainer: Any, client: ClientModule) -> None:
             "`trainer.communication.min_updates` must be at most the number of clients of a round, "
             f"{len(cohort)}, got {fewest}: no update would ever be taken."
         )
+    trains = server.training_stage.steps or (cohort and client.stages["soft_prompt"].steps)
+    tunes = server.prompt_spec.num_virtual_tokens or server.tuned_weights is not None
+    if trainer.num_rounds and trains and not tunes:
+        raise ValueError(
+            "`model.soft_prompt.num_virtual_tokens` is 0 and `model.tuned_weights` null: there is "
+            "nothing to train. Set one of them, or `model.training.steps` and "
+            "`client.soft_prompt.steps` to 0."
+        )
     if trainer.rules.acceptance is not None:
         trainer.rules.acceptance.check(data)
     _check_privacy(trainer, client, len(cohort))
@@ -248,14 +256,7 @@ def _check_method(
             "needs `model.training.steps` above 0, and `data.server` or `data.pool_clients: true`."
         )
     recipe, distillation = server.auxiliary_recipe, server.initial_distillation
-    first, second = (client.stages[name].steps for name in ("auxiliary", "soft_prompt"))
-    trains = server.training_stage.steps or (cohort and second)
-    if trains and not server.prompt_spec.num_virtual_tokens and server.tuned_weights is None:
-        raise ValueError(
-            "`model.soft_prompt.num_virtual_tokens` is 0 and `model.tuned_weights` null: there is "
-            "nothing to train. Set one of them, or `model.training.steps` and "
-            "`client.soft_prompt.steps` to 0."
-        )
+    first = client.stages["auxiliary"].steps
     if cohort and first and server.tuned_weights is not None and server.tuned_weights.takes_all:
         raise ValueError(
             "`client.auxiliary.steps` must be 0 for `model.tuned_weights` "
