@@ -314,6 +314,11 @@ def _count(name: str, size: int | float, num_rows: int) -> int:
                 "for rows, or null for none."
             )
         count = round(size * num_rows)
+        if count < 1:
+            raise ValueError(
+                f"`data.{name}`={size} of `data.clients` with {num_rows} rows is no row at all. "
+                "Raise it, or give null for none."
+            )
     else:
         count = size
         if count < 1:
@@ -321,11 +326,6 @@ def _count(name: str, size: int | float, num_rows: int) -> int:
                 f"`data.{name}` must be a number of rows of at least 1, a fraction in (0, 1), a "
                 f"source or null, got {size}."
             )
-    if count < 1:
-        raise ValueError(
-            f"`data.{name}`={size} of `data.clients` with {num_rows} rows is no row at all. Raise "
-            "it, or give null for none."
-        )
     return count
 
 
